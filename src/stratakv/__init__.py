@@ -1,0 +1,1 @@
+"""StrataKV: a paged, verified key/value cache for autoregressive Transformers."""

@@ -1,0 +1,95 @@
+"""The interface of an attention backend, and the merge of partial results."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stratakv.blocks.view import KVView
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How one layer attends.
+
+    Attributes:
+        scale: factor on the dot products.
+        causal: with no mask, whether a query sees rows at later positions (False) or not (True).
+        mask: what a query sees, `[n_sequences or 1, n_query_heads or 1, n_new, n_columns]`: bool (True: sees) or a
+            number to add to the scores. Column c is absolute position `mask_offset + c`. None: the causal rule alone.
+        mask_offset: the position of the mask's first column.
+        bias: number to add to the scores, shaped and indexed as `mask`; None: nothing.
+        softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv:2408.00118). None: as they are.
+        sinks: `[n_query_heads]`, a learned score that takes part in the softmax without a value (gpt-oss). None: none.
+    """
+
+    scale: float
+    causal: bool = True
+    mask: Tensor | None = None
+    mask_offset: int = 0
+    bias: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+class AttentionBackend(ABC):
+    """Computes attention of new queries over the rows of a view."""
+
+    name: str
+
+    @abstractmethod
+    def supports(self, view: KVView, options: AttentionOptions) -> str | None:
+        """Why this backend cannot serve the combination, or None where it can."""
+
+    @abstractmethod
+    def run(self, query: Tensor, view: KVView, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            query: `[n_sequences, n_query_heads, n_new, k_dim]`; query head h reads KV head
+                `h // (n_query_heads / n_kv_heads)`.
+            view: the rows.
+            options: scale, mask and the rest.
+
+        Returns:
+            out `[n_sequences, n_query_heads, n_new, v_dim]` in the query's dtype, and lse
+            `[n_sequences, n_query_heads, n_new]`, the logarithm of the sum of exponentiated scores (sinks left out).
+            A query that sees no row gets zeros and -inf.
+        """
+
+
+def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Join attention over disjoint sets of rows into attention over all of them.
+
+    Each output is weighted with its share of the sum of exponentiated scores (as in FlashInfer's cascade attention,
+    Ye et al. 2025, arXiv:2501.01005).
+
+    Args:
+        outs: `[..., v_dim]` each.
+        lses: `[...]` each.
+
+    Returns:
+        out `[..., v_dim]` and lse `[...]`. Where no part saw a row: zeros and -inf.
+    """
+    stacked = torch.stack(list(lses))  # [n_parts, ...]
+    lse = stacked.logsumexp(dim=0)
+    weights = torch.where(lse.isneginf(), 0.0, (stacked - lse).exp())
+    out = sum(w.unsqueeze(-1) * o.to(w.dtype) for w, o in zip(weights, outs, strict=True))
+    assert isinstance(out, Tensor)
+    return out.to(outs[0].dtype), lse
+
+
+def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Let a learned score per query head take its share of the softmax.
+
+    Args:
+        out: `[n_sequences, n_query_heads, n_new, v_dim]`.
+        lse: `[n_sequences, n_query_heads, n_new]`.
+        sinks: `[n_query_heads]`.
+    """
+    share = torch.sigmoid(lse - sinks.to(lse.dtype)[None, :, None])
+    return (out.to(lse.dtype) * share.unsqueeze(-1)).to(out.dtype)

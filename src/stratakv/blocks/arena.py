@@ -1,0 +1,247 @@
+"""The bytes of one group: slabs of blocks, and what is read from and written into them. No ids are handed out here."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stratakv.codecs import Codec
+from stratakv.errors import InvariantError
+from stratakv.plan import ReadPlan, Segment, WritePlan
+from stratakv.spec import GroupSpec, Member, PageLayout
+
+_Pages = Callable[[Tensor, Member], Tensor]
+
+
+@dataclass(slots=True)
+class Slab:
+    """Blocks `[first, first + n_blocks)`. One uint8 tensor `[n_blocks, member.nbytes]` for each member of the group.
+
+    A layer's blocks lie side by side, so that one layer's attention reads one stretch of memory.
+    """
+
+    first: int
+    n_blocks: int
+    members: list[Tensor]
+
+
+class Arena:
+    """Pages of one group, in slabs that are added and removed whole: growth copies nothing."""
+
+    def __init__(self, spec: GroupSpec, k_codec: Codec, v_codec: Codec, device: torch.device) -> None:
+        self.spec = spec
+        self.k_codec = k_codec
+        self.v_codec = v_codec
+        self.device = device
+        self.slabs: list[Slab] = []
+        self.bytes_copied = 0  # by growth; copies on write and compactions are not growth
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks that have memory."""
+        return sum(slab.n_blocks for slab in self.slabs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(tensor.numel() for slab in self.slabs for tensor in slab.members)
+
+    def grow(self, n_blocks: int) -> None:
+        """Add a slab of `n_blocks` blocks."""
+        members = [self._zeros(n_blocks, member) for member in self.spec.members]
+        self.slabs.append(Slab(self.n_blocks, n_blocks, members))
+
+    def shrink(self, n_blocks: int) -> int:
+        """Give back the last slabs that lie wholly behind block `n_blocks`; returns the number of blocks left."""
+        while self.slabs and self.slabs[-1].first >= n_blocks:
+            self.slabs.pop()
+        return self.n_blocks
+
+    def respec(self, spec: GroupSpec) -> None:
+        """Take on `spec`, which differs in what a member's pages look like; those members' bytes start anew."""
+        for slab in self.slabs:
+            slab.members = [
+                tensor if old == new else self._zeros(slab.n_blocks, new)
+                for tensor, old, new in zip(slab.members, self.spec.members, spec.members, strict=True)
+            ]
+        self.spec = spec
+
+    def enlarged_slabs(self, spec: GroupSpec) -> list[Slab]:
+        """Empty slabs as `enlarge` needs them. The system commits their memory when they are written, not here."""
+        return [
+            Slab(slab.first, slab.n_blocks, [self._zeros(slab.n_blocks, member) for member in spec.members])
+            for slab in self.slabs
+        ]
+
+    def enlarge(self, spec: GroupSpec, slabs: list[Slab]) -> None:
+        """Take on `spec`, which differs in having more rows in a block, and copy all rows into `slabs`.
+
+        Members are copied one after the other: at the peak the old and the new bytes of one member live together.
+        """
+        for old_slab, new_slab in zip(self.slabs, slabs, strict=True):
+            for m, (old, new) in enumerate(zip(self.spec.members, spec.members, strict=True)):
+                source, target = old_slab.members[m], new_slab.members[m]
+                _copy_rows(self.k_codec, old.k_layout, _k_pages(source, old), new.k_layout, _k_pages(target, new))
+                _copy_rows(self.v_codec, old.v_layout, _v_pages(source, old), new.v_layout, _v_pages(target, new))
+                self.bytes_copied += source.numel()
+                old_slab.members[m] = torch.empty(0, dtype=torch.uint8)
+        self.slabs, self.spec = slabs, spec
+
+    def locate(self, block: int) -> tuple[int, int]:
+        """(slab, block within the slab) of a block id."""
+        at = bisect.bisect_right(self.slabs, block, key=lambda slab: slab.first) - 1
+        return at, block - self.slabs[at].first
+
+    def segments(self, sequence: int, block_ids: Sequence[int]) -> list[Segment]:
+        """A sequence's blocks as stretches that lie side by side."""
+        found: list[Segment] = []
+        for at, block in enumerate(block_ids):
+            slab, index = self.locate(block)
+            last = found[-1] if found else None
+            if last and last.slab == slab and last.first + last.count == index:
+                found[-1] = replace(last, count=last.count + 1)
+            else:
+                found.append(Segment(sequence, slab, index, 1, at))
+        return found
+
+    def write(self, member: int, plan: WritePlan, keys: Tensor, values: Tensor) -> None:
+        """Store new rows of one member.
+
+        Args:
+            member: index in the group's members.
+            plan: where the rows go.
+            keys: `[n_sequences, n_heads, n_tokens, k_dim]`, the member's heads only.
+            values: `[n_sequences, n_heads, n_tokens, v_dim]`.
+        """
+        spec = self.spec.members[member]
+        rows = torch.arange(plan.row, plan.row + plan.n_tokens)
+        at, row = rows // plan.block_tokens - plan.row // plan.block_tokens, rows % plan.block_tokens
+        tables = torch.tensor(plan.tables)  # [n_sequences, n_blocks, 2]
+        slab, block = tables[:, at, 0].flatten(), tables[:, at, 1].flatten()
+        row = row.repeat(len(plan.tables))
+        keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))  # [n_sequences * n_tokens, n_heads, d]
+        for s in slab.unique().tolist():
+            chosen = torch.nonzero(slab == s).flatten()
+            everything = len(chosen) == len(slab)
+            pages = self.slabs[s].members[member]
+            where = (block, row) if everything else (block[chosen], row[chosen])
+            for codec, layout, part, new in (
+                (self.k_codec, spec.k_layout, _k_pages(pages, spec), keys),
+                (self.v_codec, spec.v_layout, _v_pages(pages, spec), values),
+            ):
+                codec.encode(layout, part, *where, new if everything else new[chosen])
+
+    def read(self, member: int, plan: ReadPlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The stored rows of one member, decoded.
+
+        Returns:
+            keys `[n_sequences, n_heads, n_rows, k_dim]` and values `[n_sequences, n_heads, n_rows, v_dim]`. They are
+            views of the pages where no copy is needed, and good for the present step only.
+        """
+        spec = self.spec.members[member]
+        tensors = []
+        for is_key, codec, layout in ((True, self.k_codec, spec.k_layout), (False, self.v_codec, spec.v_layout)):
+            pages_of = _k_pages if is_key else _v_pages
+            view = self._in_place(plan, member, pages_of, codec, is_key, dtype)
+            if view is None:
+                shape = (plan.n_sequences, len(spec.heads), plan.n_blocks, plan.block_tokens, layout.head_dim)
+                out = torch.empty(shape, dtype=dtype, device=self.device)
+                for part in plan.segments:
+                    pages = pages_of(self.slabs[part.slab].members[member], spec)[part.first : part.first + part.count]
+                    target = out[part.sequence, :, part.at : part.at + part.count]
+                    codec.decode(layout, pages, target.transpose(0, 1))
+                view = out.flatten(2, 3)
+            tensors.append(view[:, :, plan.skip : plan.skip + plan.n_rows])
+        return tensors[0], tensors[1]
+
+    def copy(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Copy whole blocks: (source id, target id)."""
+        for source, target in pairs:
+            (s, i), (t, j) = self.locate(source), self.locate(target)
+            for from_, to in zip(self.slabs[s].members, self.slabs[t].members, strict=True):
+                to[j].copy_(from_[i])
+
+    def move_rows(self, rows: Sequence[int], old_blocks: Sequence[int], new_blocks: Sequence[int]) -> None:
+        """Copy `rows`, numbered in a table of `old_blocks`, to the rows 0, 1, ... of a table of `new_blocks`."""
+        span = self.spec.block_tokens
+        n_old = max(rows) + 1
+        reading = ReadPlan(1, n_old, 0, span, tuple(self.segments(0, old_blocks[: -(-n_old // span)])), ())
+        writing = WritePlan(len(rows), 0, span, (tuple(self.locate(block) for block in new_blocks),))
+        index = torch.tensor(rows)
+        for m in range(len(self.spec.members)):
+            keys, values = self.read(m, reading, torch.float32)
+            self.write(m, writing, keys[:, :, index], values[:, :, index])
+
+    def dump(self, block_ids: Sequence[int], n_rows: int) -> list[Tensor]:
+        """Copies of the blocks of one sequence, one uint8 `[n_blocks, member.nbytes]` a member, stale rows cleared."""
+        dumped = []
+        for m, spec in enumerate(self.spec.members):
+            out = self._zeros(len(block_ids), spec)
+            for part in self.segments(0, block_ids):
+                slab = self.slabs[part.slab].members[m]
+                out[part.at : part.at + part.count] = slab[part.first : part.first + part.count]
+            if tail := n_rows % self.spec.block_tokens:
+                self.k_codec.scrub(spec.k_layout, _k_pages(out, spec)[-1], tail)
+                self.v_codec.scrub(spec.v_layout, _v_pages(out, spec)[-1], tail)
+            dumped.append(out)
+        return dumped
+
+    def load(self, block_ids: Sequence[int], dumped: Sequence[Tensor]) -> None:
+        """Put back what `dump` gave, into blocks that already have memory."""
+        for m, spec in enumerate(self.spec.members):
+            if dumped[m].shape != (len(block_ids), spec.nbytes):
+                raise InvariantError(f"{tuple(dumped[m].shape)} bytes do not fill {len(block_ids)} blocks of {spec.nbytes}")
+            for part in self.segments(0, block_ids):
+                target = self.slabs[part.slab].members[m]
+                target[part.first : part.first + part.count] = dumped[m][part.at : part.at + part.count]
+
+    def poison(self, block_ids: Iterable[int]) -> None:
+        """Fill blocks with ones, which is NaN in every float format: whoever reads a freed row will show it."""
+        for block in block_ids:
+            slab, index = self.locate(block)
+            for tensor in self.slabs[slab].members:
+                tensor[index].fill_(0xFF)
+
+    def _zeros(self, n_blocks: int, member: Member) -> Tensor:
+        # Zeros, not empty: the system hands out zeroed memory lazily anyway, and a page never holds another's data.
+        return torch.zeros((n_blocks, member.nbytes), dtype=torch.uint8, device=self.device)
+
+    def _in_place(
+        self, plan: ReadPlan, member: int, pages_of: _Pages, codec: Codec, is_key: bool, dtype: torch.dtype
+    ) -> Tensor | None:
+        """The rows as a view of the pages: possible where each sequence is one block and the blocks lie side by side."""
+        first = plan.segments[0] if plan.segments else None
+        if first is None or plan.n_blocks != 1:
+            return None
+        if any(s.slab != first.slab or s.first != first.first + i for i, s in enumerate(plan.segments)):
+            return None
+        spec = self.spec.members[member]
+        pages = pages_of(self.slabs[first.slab].members[member], spec)[first.first : first.first + plan.n_sequences]
+        return codec.typed(spec.k_layout if is_key else spec.v_layout, pages, dtype)
+
+
+def _k_pages(member_bytes: Tensor, member: Member) -> Tensor:
+    """uint8 `[n_blocks, n_heads, k page bytes]` of a member's bytes."""
+    n_heads = len(member.heads)
+    return member_bytes[:, : n_heads * member.k_layout.nbytes].unflatten(1, (n_heads, member.k_layout.nbytes))
+
+
+def _v_pages(member_bytes: Tensor, member: Member) -> Tensor:
+    """uint8 `[n_blocks, n_heads, v page bytes]` of a member's bytes."""
+    n_heads = len(member.heads)
+    return member_bytes[:, n_heads * member.k_layout.nbytes :].unflatten(1, (n_heads, member.v_layout.nbytes))
+
+
+def _copy_rows(codec: Codec, layout: PageLayout, pages: Tensor, new_layout: PageLayout, new_pages: Tensor) -> None:
+    """Rows of smaller pages to the same rows of larger ones."""
+    n_blocks, n_heads, _ = pages.shape
+    span = layout.block_tokens
+    rows = torch.empty((n_blocks, n_heads, span, layout.head_dim), dtype=torch.float32, device=pages.device)
+    codec.decode(layout, pages, rows)
+    block = torch.arange(n_blocks).repeat_interleave(span)
+    row = torch.arange(span).repeat(n_blocks)
+    codec.encode(new_layout, new_pages, block, row, rows.transpose(1, 2).flatten(0, 1))

@@ -1,0 +1,333 @@
+"""A batch of sequences that advance together, a step at a time. Every step is a transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from stratakv.blocks.memory import Memory
+from stratakv.blocks.sequence import Sequence
+from stratakv.blocks.view import KVPart, KVView
+from stratakv.errors import ConfigurationError, StateError, UnsupportedError
+from stratakv.plan import KeepPlan, ReadPlan, WritePlan, clip_runs, run_length
+from stratakv.policies import RetentionPolicy, Window
+from stratakv.spec import LayerSpec
+
+
+@dataclass(slots=True)
+class Step:
+    """A forward under way: `n_tokens` new rows in every group, written by the layers in `written` so far."""
+
+    n_tokens: int
+    writes: tuple[WritePlan, ...]
+    reads: tuple[ReadPlan, ...]
+    written: set[int] = field(default_factory=set)
+
+
+class Checkpoint:
+    """A state to come back to. It holds its blocks until it is released or garbage collected."""
+
+    def __init__(self, memory: Memory, sequences: Seq[Sequence], seen_tokens: int) -> None:
+        self.memory = memory
+        self.sequences = tuple(memory.fork(sequence, as_checkpoint=True) for sequence in sequences)
+        self.seen_tokens = seen_tokens
+        self.released = False
+
+    def release(self) -> None:
+        """Let go of the blocks; the checkpoint can no longer be rolled back to."""
+        self.memory.release(self.sequences)
+        self.sequences = ()
+        self.released = True
+
+
+class SequenceBatch:
+    """Sequences of equal length over one memory.
+
+    A step begins with `begin`, which makes room in all groups or changes nothing. Each layer then writes its rows
+    once. With the last layer's rows the step is complete and `seen_tokens` advances. A step that stops half way is
+    undone by `abort` (or by truncating to `seen_tokens`); beginning another one over it is refused, since the tokens
+    of the first would be half there.
+
+    Args:
+        memory: where the blocks are.
+        policy: decides for the groups that it limits; windows of the model's own are kept in any case.
+    """
+
+    def __init__(self, memory: Memory, policy: RetentionPolicy | None = None) -> None:
+        self.memory = memory
+        self.policy = policy
+        self.sequences: list[Sequence] = []
+        self.seen_tokens = 0
+        self.recording = False
+        """While set, rows that leave a window stay until `evict`, so that drafts can be taken back."""
+        self._step: Step | None = None
+        self._complete: Step | None = None  # the last step, whose views are still in use
+
+    @property
+    def stored_tokens(self) -> int:
+        """Rows stored in the group that stores most, those of an incomplete step left out."""
+        open_rows = self._step.n_tokens if self._step else 0
+        return max((sequence.stored_tokens for sequence in self.sequences), default=0) - open_rows
+
+    @property
+    def open_step(self) -> Step | None:
+        """The step under way, if one is."""
+        return self._step
+
+    def begin(self, n_sequences: int, n_tokens: int) -> None:
+        """Start a step of `n_tokens` new tokens for each of `n_sequences`.
+
+        Raises:
+            StateError: the last step is incomplete, or the cache holds another number of sequences.
+            CapacityError: there is no room. In either case nothing was changed.
+        """
+        if self._step is not None:
+            missing = sorted(self.memory.spec.layers_by_index.keys() - self._step.written)
+            raise StateError(
+                f"the last forward stopped before layers {missing} had written their tokens; call "
+                f"truncate({self.seen_tokens}) to take back what it left, then feed its tokens again"
+            )
+        if self.sequences and len(self.sequences) != n_sequences:
+            raise StateError(f"the cache holds {len(self.sequences)} sequences, this forward has {n_sequences}")
+        if not self.recording:
+            self.evict()
+        is_first = not self.sequences
+        if is_first:
+            self.sequences = [self.memory.new_sequence() for _ in range(n_sequences)]
+        first_rows = [table.n_rows for table in self.sequences[0].tables] if self.sequences else []
+        try:
+            self.memory.append(self.sequences, n_tokens)
+        except BaseException:
+            if is_first:
+                self.sequences = []
+            raise
+        groups = range(len(self.memory.arenas))
+        self._step = Step(
+            n_tokens,
+            tuple(self._write_plan(g, first_rows[g], n_tokens) for g in groups),
+            tuple(self._read_plan(g, n_tokens) for g in groups),
+        )
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> KVView:
+        """Store one layer's new rows in the open step, and give what its attention may read.
+
+        Args:
+            layer: the model's layer index.
+            keys: `[n_sequences, n_kv_heads, n_tokens, k_dim]`.
+            values: `[n_sequences, n_kv_heads, n_tokens, v_dim]`.
+
+        Raises:
+            StateError: the tensors do not fit the step or what the layer stored before. Nothing was changed.
+        """
+        step = self._step
+        if step is None or layer in step.written:
+            raise StateError(f"layer {layer} has no step to write in")
+        self._check_shapes(layer, step, keys, values)
+        for g, m in self.memory.spec.locations[layer]:
+            heads = self.memory.spec.groups[g].members[m].heads
+            every = len(heads) == keys.shape[1]
+            part = (keys, values) if every else (keys[:, heads], values[:, heads])
+            self.memory.arenas[g].write(m, step.writes[g], *part)
+        step.written.add(layer)
+        if len(step.written) == len(self.memory.spec.layers):
+            self._commit(step)
+        return self.view(layer)
+
+    def abort(self) -> None:
+        """Undo the open step."""
+        self._step = None
+        self.memory.truncate(self.sequences, self.seen_tokens)
+
+    def layer_length(self, layer: int) -> int:
+        """Tokens that `layer` has seen: those of an open step count once the layer has written them."""
+        step = self._step
+        return self.seen_tokens + (step.n_tokens if step and layer in step.written else 0)
+
+    def view(self, layer: int) -> KVView:
+        """The rows of one layer: during and after a step those that the step reads, else all that are stored."""
+        spec = self.memory.spec
+        step = self._step if self._step and layer in self._step.written else self._complete
+        n_new = step.n_tokens if step else 0
+        parts = []
+        for g, m in spec.locations[layer]:
+            group = spec.groups[g]
+            plan = step.reads[g] if step else self._read_plan(g, 0)
+            retention = group.retention if group.imposed else None
+            parts.append(KVPart(group.members[m].heads, self.memory.arenas[g], m, plan, retention))
+        shape = spec.layers_by_index[layer]
+        seen = self.layer_length(layer) - n_new
+        return KVView(
+            layer, len(self.sequences), shape.n_kv_heads, shape.k_dim, shape.v_dim, seen, n_new, tuple(parts)
+        )
+
+    def evict(self) -> None:
+        """Free the blocks that no coming query sees."""
+        self._complete = None
+        for g, group in enumerate(self.memory.spec.groups):
+            policy = self.policy if group.imposed else _OWN_WINDOW
+            if policy is None or group.retention.window is None:
+                continue
+            for sequence in self.sequences:
+                runs = sequence.tables[g].runs
+                plan = policy.keep(group.retention, self.seen_tokens, runs, group.block_tokens)
+                if plan is not None:
+                    self.memory.compact(sequence, g, plan)
+        self.memory.settle()
+
+    def compact(self, plan: KeepPlan) -> None:
+        """Keep only the rows of `plan` in every group that has no window of the model's own, in every sequence.
+
+        Raises:
+            ConfigurationError: positions that are not stored. Nothing was changed.
+        """
+        self._between_steps()
+        groups = [g for g, group in enumerate(self.memory.spec.groups) if group.imposed or not group.retention.window]
+        for sequence in self.sequences:
+            for g in groups:
+                runs = sequence.tables[g].runs
+                if run_length(plan.runs) != sum(run_length(clip_runs(runs, s, s + n)) for s, n in plan.runs):
+                    raise ConfigurationError(f"positions to keep {plan.runs} are not all among those stored, {runs}")
+        for sequence in self.sequences:
+            for g in groups:
+                self.memory.compact(sequence, g, plan)
+
+    def truncate(self, n_tokens: int) -> None:
+        """Keep the first `n_tokens` tokens. An incomplete step is undone first.
+
+        Raises:
+            StateError: the result would not be exact. Nothing was changed, the incomplete step apart.
+        """
+        if self._step is not None:
+            self.abort()
+        if not self.sequences and n_tokens == 0:
+            return
+        if not 0 <= n_tokens <= self.seen_tokens:
+            raise StateError(f"the cache has seen {self.seen_tokens} tokens and cannot be cut to {n_tokens}")
+        self.memory.truncate(self.sequences, n_tokens)
+        self.seen_tokens = n_tokens
+        self._complete = None
+
+    def reset(self) -> None:
+        """Forget everything, the number of sequences too."""
+        self._step = self._complete = None
+        self.memory.release(self.sequences)
+        self.sequences = []
+        self.seen_tokens = 0
+
+    def select(self, indices: Seq[int]) -> None:
+        """Let sequence `indices[i]` become sequence i. One that is named twice is shared until either is written."""
+        self._between_steps()
+        if any(not -len(self.sequences) <= i < len(self.sequences) for i in indices):
+            raise ConfigurationError(f"there are {len(self.sequences)} sequences, got indices {list(indices)}")
+        old = self.sequences
+        used: set[int] = set()
+        self.sequences = []
+        for index in (i % len(old) for i in indices):
+            self.sequences.append(self.memory.fork(old[index]) if index in used else old[index])
+            used.add(index)
+        self.memory.release([sequence for i, sequence in enumerate(old) if i not in used])
+
+    def fork(self) -> SequenceBatch:
+        """A batch over the same memory that shares all blocks; either copies a block before it writes into it."""
+        self._between_steps()
+        twin = SequenceBatch(self.memory, self.policy)
+        twin.sequences = [self.memory.fork(sequence) for sequence in self.sequences]
+        twin.seen_tokens = self.seen_tokens
+        twin.recording = self.recording
+        return twin
+
+    def checkpoint(self) -> Checkpoint:
+        """A state to come back to, at the cost of at most one block copied a sequence and group."""
+        self._between_steps()
+        return Checkpoint(self.memory, self.sequences, self.seen_tokens)
+
+    def rollback(self, mark: Checkpoint) -> None:
+        """Return to `mark`, which stays good for more rollbacks. An incomplete step is undone with the rest.
+
+        Raises:
+            StateError: `mark` was released, or belongs to another cache. Nothing was changed.
+        """
+        if mark.memory is not self.memory:
+            raise StateError("the checkpoint was made from another cache")
+        if mark.released:
+            raise StateError("the checkpoint was released")
+        sequences = [self.memory.fork(sequence) for sequence in mark.sequences]
+        self.reset()
+        self.sequences, self.seen_tokens = sequences, mark.seen_tokens
+
+    def respec_layer(self, layer: LayerSpec) -> None:
+        """Take on heads and head dims that the layer's first rows show.
+
+        Raises:
+            UnsupportedError: the layer holds rows of another shape already.
+        """
+        if self.seen_tokens or (self._step and layer.index in self._step.written):
+            old = self.memory.spec.layers_by_index[layer.index]
+            raise UnsupportedError(f"layer {layer.index} stored {old}, its new rows are {layer}")
+        self.memory.respec_layer(layer)
+
+    def _commit(self, step: Step) -> None:
+        self.seen_tokens += step.n_tokens
+        for sequence in self.sequences:
+            sequence.seen_tokens = self.seen_tokens
+        self._step, self._complete = None, step
+
+    def _between_steps(self) -> None:
+        if self._step is not None:
+            raise StateError(
+                "the last forward did not reach all layers; call "
+                f"truncate({self.seen_tokens}) first to take back what it left"
+            )
+        self._complete = None
+
+    def _check_shapes(self, layer: int, step: Step, keys: Tensor, values: Tensor) -> None:
+        spec = self.memory.spec.layers_by_index[layer]
+        expected = [(len(self.sequences), spec.n_kv_heads, step.n_tokens, dim) for dim in (spec.k_dim, spec.v_dim)]
+        if [tuple(keys.shape), tuple(values.shape)] != expected:
+            raise StateError(
+                f"layer {layer} got keys {tuple(keys.shape)} and values {tuple(values.shape)} where the step has "
+                f"{expected[0]} and {expected[1]} (sequences, KV heads, tokens, head dim)"
+            )
+
+    def _write_plan(self, group: int, row: int, n_tokens: int) -> WritePlan:
+        arena = self.memory.arenas[group]
+        first = row // arena.spec.block_tokens
+        tables = tuple(
+            tuple(arena.locate(block) for block in sequence.tables[group].block_ids[first:])
+            for sequence in self.sequences
+        )
+        return WritePlan(n_tokens, row, arena.spec.block_tokens, tables)
+
+    def _read_plan(self, group: int, n_new: int) -> ReadPlan:
+        """All rows of a group up to `n_new` new ones; where it has a window and no sinks, those some query sees."""
+        arena = self.memory.arenas[group]
+        span, retention = arena.spec.block_tokens, arena.spec.retention
+        stored = self.sequences[0].tables[group].runs if self.sequences else ()
+        runs = clip_runs(stored, 0, self.seen_tokens + n_new)
+        n_stored = n_rows = run_length(runs)
+        if retention.window is not None and not retention.sinks:
+            n_rows = min(n_rows, retention.window - 1 + n_new)
+        skip = n_stored - n_rows
+        segments = [
+            segment
+            for b, sequence in enumerate(self.sequences)
+            for segment in arena.segments(b, sequence.tables[group].block_ids[: arena.spec.blocks_for(n_stored)])
+        ]
+        return ReadPlan(len(self.sequences), n_rows, skip, span, tuple(segments), _without_first(runs, skip))
+
+
+_OWN_WINDOW = Window(1)  # `keep` reads the window from the group's retention, not from the policy
+
+
+def _without_first(runs: tuple[tuple[int, int], ...], skip: int) -> tuple[tuple[int, int], ...]:
+    left = []
+    for first, count in runs:
+        drop = min(skip, count)
+        skip -= drop
+        if count > drop:
+            left.append((first + drop, count - drop))
+    return tuple(left)
+
+

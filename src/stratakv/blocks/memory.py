@@ -1,0 +1,282 @@
+"""Pools and arenas of all groups, and everything that has to happen in both at once: ids first, bytes with them."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+
+import torch
+
+from stratakv.blocks.arena import Arena
+from stratakv.blocks.compaction import plan_compaction
+from stratakv.blocks.geometry import with_block_tokens, with_layer
+from stratakv.blocks.pool import BlockPool, PoolUsage
+from stratakv.blocks.sequence import GroupTable, Ledger, Sequence
+from stratakv.codecs import get_codec
+from stratakv.errors import CapacityError, InvariantError, StateError
+from stratakv.plan import KeepPlan
+from stratakv.spec import CacheSpec, LayerSpec
+
+SLAB_BYTES = 64 << 20
+"""Beyond what is needed now, a slab adds an eighth of what exists, but not more than this."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUsage:
+    """Bytes and blocks, summed over groups. `used_bytes` are rows that hold a token of a live sequence or checkpoint."""
+
+    held_bytes: int
+    used_bytes: int
+    bytes_copied_by_growth: int
+    blocks: PoolUsage
+
+    @property
+    def waste(self) -> float:
+        """Share of the bytes held that stores no token."""
+        return 1 - self.used_bytes / self.held_bytes if self.held_bytes else 0.0
+
+
+class Memory:
+    """Blocks of all groups, shared by a cache and its forks.
+
+    Args:
+        spec: what is stored.
+        device: where.
+        max_bytes: limit over all groups, or None.
+        poison: fill blocks with NaN when they are freed, so that a stale read cannot go unnoticed. For tests.
+    """
+
+    def __init__(
+        self, spec: CacheSpec, *, device: torch.device, max_bytes: int | None = None, poison: bool = False
+    ) -> None:
+        self.spec = spec
+        self.device = device
+        self.max_bytes = max_bytes
+        self.poison = poison
+        self.arenas = tuple(
+            Arena(group, get_codec(spec.k_format), get_codec(spec.v_format), device) for group in spec.groups
+        )
+        self.ledger = Ledger(spec.groups, tuple(BlockPool() for _ in spec.groups))
+        self._live: weakref.WeakSet[Sequence] = weakref.WeakSet()
+        self._cached: weakref.WeakSet[Sequence] = weakref.WeakSet()
+        # Tables of sequences that were garbage collected. Collection can strike anywhere, in the middle of a pool's
+        # bookkeeping too, so their blocks are released at the next safe point.
+        self._orphans: deque[tuple[GroupTable, ...]] = deque()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(arena.nbytes for arena in self.arenas)
+
+    def new_sequence(self) -> Sequence:
+        """An empty live sequence."""
+        return self._adopt(Sequence(self.ledger), self._live)
+
+    def fork(self, sequence: Sequence, *, as_checkpoint: bool = False) -> Sequence:
+        """A twin of `sequence` over the same blocks, live or held for a checkpoint."""
+        return self._adopt(sequence.fork(), self._cached if as_checkpoint else self._live)
+
+    def release(self, sequences: Seq[Sequence]) -> None:
+        """Let go of the blocks of `sequences`."""
+        for sequence in sequences:
+            self._freed(sequence.release())
+        self._shrink()
+
+    def truncate(self, sequences: Seq[Sequence], n_tokens: int) -> None:
+        """Cut every one of `sequences` to `n_tokens`, or raise StateError and leave all as they were."""
+        for sequence in sequences:
+            if reason := sequence.can_truncate(n_tokens):
+                raise StateError(reason)
+        for sequence in sequences:
+            self._freed(sequence.truncate(n_tokens))
+        self._shrink()
+
+    def append(self, sequences: Seq[Sequence], n_tokens: int) -> None:
+        """Make room for `n_tokens` more rows in every group of every sequence, or change nothing.
+
+        Raises:
+            CapacityError: over the capacity or over `max_bytes`.
+        """
+        self.settle_orphans()
+        self._fit_rows(max((s.stored_tokens for s in sequences), default=0) + n_tokens)
+        groups = range(len(self.arenas))
+        growths = [[sequence.growth(g, n_tokens) for sequence in sequences] for g in groups]
+        # Two of the sequences may share a last block. Each counts one block for its copy although the last of them
+        # could keep the original: one block too many for a moment, and never one too few.
+        self._reserve([sum(growth.n_blocks for growth in growths[g]) for g in groups])
+        for g in groups:
+            for sequence in sequences:
+                growth = sequence.growth(g, n_tokens)
+                blocks = self.ledger.pools[g].alloc(growth.n_blocks)
+                if growth.replaces is not None:
+                    self.arenas[g].copy([(growth.replaces, blocks[0])])
+                sequence.append(g, n_tokens, growth, blocks)
+
+    def compact(self, sequence: Sequence, group: int, plan: KeepPlan) -> None:
+        """Keep only the rows of `plan` in one group of one sequence, and free the blocks that are left over.
+
+        Raises:
+            ConfigurationError: the plan names positions that are not stored.
+            CapacityError: rows have to move and no block is left to move them into. Nothing was changed.
+        """
+        table, arena = sequence.tables[group], self.arenas[group]
+        change = plan_compaction(table.block_ids, table.runs, arena.spec.block_tokens, plan)
+        new_blocks: list[int] = []
+        if change.n_new:
+            self._reserve([change.n_new if g == group else 0 for g in range(len(self.arenas))])
+            new_blocks = self.ledger.pools[group].alloc(change.n_new)
+            arena.move_rows(change.rows, table.block_ids, new_blocks)
+        freed = sequence.compact(group, plan, change, new_blocks)
+        self._freed([freed if g == group else [] for g in range(len(self.arenas))])
+
+    def respec_layer(self, layer: LayerSpec) -> None:
+        """Take on other heads or head dims for a layer of which nothing is stored yet."""
+        self._adopt_spec(with_layer(self.spec, layer))
+        for arena, group in zip(self.arenas, self.spec.groups, strict=True):
+            arena.respec(group)
+
+    def settle_orphans(self) -> None:
+        """Release the blocks of sequences that were garbage collected."""
+        while self._orphans:
+            tables = self._orphans.popleft()
+            self._freed([p.release(t.block_ids) for p, t in zip(self.ledger.pools, tables, strict=True)])
+
+    def settle(self) -> None:
+        """Release what was garbage collected and give whole free slabs back."""
+        self.settle_orphans()
+        self._shrink()
+
+    def check(self) -> MemoryUsage:
+        """Verify every count, id and length there is.
+
+        Raises:
+            InvariantError: something does not add up.
+        """
+        self.settle_orphans()
+        live, cached = list(self._live), list(self._cached)
+        usages = []
+        used = 0
+        for g, (pool, arena) in enumerate(zip(self.ledger.pools, self.arenas, strict=True)):
+            usages.append(pool.check([s.tables[g].block_ids for s in live], [s.tables[g].block_ids for s in cached]))
+            if pool.n_total != arena.n_blocks:
+                raise InvariantError(f"group {g} has {pool.n_total} ids but memory for {arena.n_blocks} blocks")
+            span = arena.spec.block_tokens
+            filled: dict[int, int] = {}
+            for sequence in (*live, *cached):
+                table = sequence.tables[g]
+                if len(table.block_ids) != arena.spec.blocks_for(table.n_rows):
+                    raise InvariantError(f"{len(table.block_ids)} blocks of {span} rows hold {table.n_rows} rows")
+                if any(a + n > b for (a, n), (b, _) in zip(table.runs, table.runs[1:], strict=False)):
+                    raise InvariantError(f"positions do not rise: {table.runs}")
+                for i, block in enumerate(table.block_ids):
+                    filled[block] = max(filled.get(block, 0), min(span, table.n_rows - i * span))
+            used += sum(filled.values()) * arena.spec.bytes_per_block // span
+        return MemoryUsage(self.nbytes, used, sum(a.bytes_copied for a in self.arenas), _summed(usages))
+
+    def _adopt(self, sequence: Sequence, registry: weakref.WeakSet[Sequence]) -> Sequence:
+        registry.add(sequence)
+        weakref.finalize(sequence, self._orphans.append, sequence.tables).atexit = False
+        return sequence
+
+    def _fit_rows(self, n_rows: int) -> None:
+        """In the layouts with one block a sequence, see that `n_rows` rows fit into a block."""
+        spec = self.spec
+        if spec.layout == "contiguous" and spec.capacity is not None and n_rows > spec.capacity:
+            raise CapacityError(f"{n_rows} tokens do not fit into the capacity of {spec.capacity}; nothing was changed")
+        if spec.layout != "growing":
+            return
+        spans = [g.block_tokens if g.retention.window else _doubled(g.block_tokens, n_rows) for g in spec.groups]
+        larger = with_block_tokens(spec, spans)
+        if larger == spec:
+            return
+        added = sum(
+            (new.bytes_per_block - old.bytes_per_block) * arena.n_blocks
+            for new, old, arena in zip(larger.groups, spec.groups, self.arenas, strict=True)
+        )
+        self._check_budget(added)
+        try:
+            slabs = [arena.enlarged_slabs(group) for arena, group in zip(self.arenas, larger.groups, strict=True)]
+        except (MemoryError, RuntimeError) as error:
+            raise CapacityError(f"the system has no {added:,} bytes more for the cache; nothing was changed") from error
+        self._adopt_spec(larger)
+        for arena, group, new_slabs in zip(self.arenas, larger.groups, slabs, strict=True):
+            if arena.spec != group:
+                arena.enlarge(group, new_slabs)
+
+    def _reserve(self, wanted: Seq[int]) -> None:
+        """Have `wanted[g]` free blocks in each group, or raise CapacityError and change nothing."""
+        short = [max(n - pool.n_free, 0) for n, pool in zip(wanted, self.ledger.pools, strict=True)]
+        if not any(short):
+            return
+        sizes = [group.bytes_per_block for group in self.spec.groups]
+        generous = [
+            max(n, min(pool.n_total // 8, SLAB_BYTES // size)) if n and self._is_paged(g) else n
+            for g, (n, pool, size) in enumerate(zip(short, self.ledger.pools, sizes, strict=True))
+        ]
+        needed = sum(n * size for n, size in zip(short, sizes, strict=True))
+        self._check_budget(needed)
+        if self.max_bytes is not None and sum(n * s for n, s in zip(generous, sizes, strict=True)) > self._room():
+            generous = short
+        grown: list[Arena] = []
+        try:
+            for n, arena in zip(generous, self.arenas, strict=True):
+                if n:
+                    arena.grow(n)
+                    grown.append(arena)
+        except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as RuntimeError
+            for arena in grown:
+                arena.slabs.pop()
+            raise CapacityError(f"the system has no {needed:,} bytes more for the cache; nothing was changed") from error
+        for n, pool in zip(generous, self.ledger.pools, strict=True):
+            pool.grow(n)
+
+    def _check_budget(self, n_bytes: int) -> None:
+        if self.max_bytes is not None and n_bytes > self._room():
+            raise CapacityError(
+                f"the cache holds {self.nbytes:,} of its {self.max_bytes:,} bytes and needs {n_bytes:,} more; "
+                "nothing was changed"
+            )
+
+    def _room(self) -> int:
+        return (self.max_bytes or 0) - self.nbytes
+
+    def _is_paged(self, group: int) -> bool:
+        return self.spec.layout == "paged" or self.spec.groups[group].retention.window is not None
+
+    def _freed(self, blocks: Seq[Seq[int]]) -> None:
+        if self.poison:
+            for arena, freed in zip(self.arenas, blocks, strict=True):
+                arena.poison(freed)
+
+    def _shrink(self) -> None:
+        """Give back last slabs that are free, as long as an eighth of the rest is free too: a decode must not thrash."""
+        for pool, arena in zip(self.ledger.pools, self.arenas, strict=True):
+            while arena.slabs and arena.slabs[-1].first > pool.highest_held():
+                left = arena.slabs[-1].first
+                free_in_rest = pool.n_free - arena.slabs[-1].n_blocks
+                if left and free_in_rest < max(1, left // 8):
+                    break
+                pool.shrink(arena.shrink(left))
+
+    def _adopt_spec(self, spec: CacheSpec) -> None:
+        self.spec = spec
+        self.ledger.groups = spec.groups
+
+
+def _doubled(block_tokens: int, n_rows: int) -> int:
+    return block_tokens if n_rows <= block_tokens else max(2 * block_tokens, n_rows)
+
+
+def _summed(usages: Seq[PoolUsage]) -> PoolUsage:
+    total = PoolUsage(0, 0, 0, 0)
+    for usage in usages:
+        total = replace(
+            total,
+            free=total.free + usage.free,
+            held=total.held + usage.held,
+            cached=total.cached + usage.cached,
+            total=total.total + usage.total,
+        )
+    return total

@@ -1,0 +1,73 @@
+"""What a step's attention may read: the rows of one layer, old and new. Good for exactly one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stratakv.blocks.arena import Arena
+from stratakv.errors import UnsupportedError
+from stratakv.plan import ReadPlan
+from stratakv.spec import Retention
+
+
+@dataclass(frozen=True)
+class KVPart:
+    """The rows of some KV heads of a layer.
+
+    `retention` is set where a policy limits what a query sees; the model's own window stands in the model's mask.
+    """
+
+    heads: tuple[int, ...]
+    arena: Arena
+    member: int
+    plan: ReadPlan
+    retention: Retention | None
+
+    def positions(self) -> Tensor:
+        """int64 `[n_rows]`: the absolute position of each row."""
+        return torch.cat([torch.arange(s, s + n) for s, n in self.plan.runs] or [torch.empty(0, dtype=torch.int64)])
+
+    def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """K `[n_sequences, n_heads, n_rows, k_dim]` and V `[..., v_dim]` of these heads."""
+        return self.arena.read(self.member, self.plan, dtype)
+
+
+@dataclass(frozen=True)
+class KVView:
+    """One layer's rows. The parts together hold every KV head once; their numbers of rows may differ.
+
+    `n_new` rows are this step's: the queries are at positions `seen_tokens .. seen_tokens + n_new - 1`.
+    """
+
+    layer: int
+    n_sequences: int
+    n_kv_heads: int
+    k_dim: int
+    v_dim: int
+    seen_tokens: int
+    n_new: int
+    parts: tuple[KVPart, ...]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the part that has most."""
+        return max(part.plan.n_rows for part in self.parts)
+
+    def gather(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """K `[n_sequences, n_kv_heads, n_rows, k_dim]` and V `[..., v_dim]` as plain tensors.
+
+        Raises:
+            UnsupportedError: the heads hold different numbers of rows.
+        """
+        if len(self.parts) == 1:
+            return self.parts[0].read(dtype)
+        if len({part.plan.n_rows for part in self.parts}) > 1:
+            rows = {part.heads: part.plan.n_rows for part in self.parts}
+            raise UnsupportedError(f"the heads of layer {self.layer} hold different numbers of rows ({rows})")
+        order = torch.tensor([head for part in self.parts for head in part.heads]).argsort()
+        read = [part.read(dtype) for part in self.parts]
+        keys, values = (torch.cat(tensors, dim=1)[:, order] for tensors in zip(*read, strict=True))
+        return keys, values

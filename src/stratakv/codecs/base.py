@@ -1,0 +1,73 @@
+"""The interface of a storage format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stratakv.spec import PageLayout
+
+
+class Codec(ABC):
+    """Stores rows of numbers in pages of bytes.
+
+    Pages come as uint8 tensors whose last axis is one page (`layout(...).nbytes` long); a codec never allocates them.
+    """
+
+    name: str
+
+    @abstractmethod
+    def layout(self, head_dim: int, block_tokens: int) -> PageLayout:
+        """The page for `block_tokens` rows of `head_dim` numbers.
+
+        Raises:
+            ConfigurationError: this format cannot store such rows.
+        """
+
+    @abstractmethod
+    def encode(self, layout: PageLayout, pages: Tensor, block: Tensor, row: Tensor, values: Tensor) -> None:
+        """Write rows into pages.
+
+        Args:
+            layout: what `self.layout` gave for these pages.
+            pages: uint8 `[n_blocks, n_heads, layout.nbytes]`, written in place.
+            block: int64 `[n]`, the block of each row.
+            row: int64 `[n]`, the row's place in its block.
+            values: `[n, n_heads, head_dim]`, any floating dtype.
+        """
+
+    @abstractmethod
+    def decode(self, layout: PageLayout, pages: Tensor, out: Tensor) -> None:
+        """Read whole pages.
+
+        Args:
+            layout: what `self.layout` gave for these pages.
+            pages: uint8 `[..., layout.nbytes]`.
+            out: `[..., block_tokens, head_dim]`, any floating dtype, any strides, written in place.
+        """
+
+    @abstractmethod
+    def rounded(self, values: Tensor) -> Tensor:
+        """What a reader will get for `values` `[..., head_dim]` once they were stored, in the dtype of `values`."""
+
+    @abstractmethod
+    def scrub(self, layout: PageLayout, pages: Tensor, n_rows: int) -> None:
+        """Clear all rows from `n_rows` on in `pages`, uint8 `[..., layout.nbytes]`, so that a file holds no stale data."""
+
+    def typed(self, layout: PageLayout, pages: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """`pages` as numbers `[..., block_tokens, head_dim]` without a copy, where the stored form *is* `dtype`."""
+        del layout, pages, dtype
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data from which `from_dict` makes this codec again."""
+        return {"name": self.name}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Codec:
+        """The codec that `to_dict` described."""
+        del data
+        return cls()

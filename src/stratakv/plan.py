@@ -1,0 +1,86 @@
+"""Plain frozen data that travels between the parts: what to keep, what to write, what to read.
+
+A plan is made from ids (block tables) once a step and group, and used by every layer of the group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+Run = tuple[int, int]
+"""(first absolute position, number of consecutive positions)."""
+
+
+def run_length(runs: tuple[Run, ...] | list[Run]) -> int:
+    """Number of positions in `runs`."""
+    return sum(count for _, count in runs)
+
+
+def clip_runs(runs: tuple[Run, ...] | list[Run], start: int, stop: int) -> tuple[Run, ...]:
+    """The part of `runs` whose positions are in [start, stop)."""
+    clipped = ((max(first, start), min(first + count, stop)) for first, count in runs)
+    return tuple((first, last - first) for first, last in clipped if first < last)
+
+
+@dataclass(frozen=True, slots=True)
+class KeepPlan:
+    """Which positions stay, in rising order, and how far back a truncation is still exact afterwards.
+
+    `floor`: a sequence cut to at least this many tokens is what it would have been without the later ones.
+    """
+
+    runs: tuple[Run, ...]
+    floor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive blocks of one sequence that lie in one slab.
+
+    Blocks `[first, first + count)` of slab `slab` are blocks `[at, at + count)` of the table of `sequence`.
+    """
+
+    sequence: int
+    slab: int
+    first: int
+    count: int
+    at: int
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """The rows of all sequences in one group. All sequences hold equally many rows, at the same positions.
+
+    The first `skip` of the rows in the blocks are not for reading (they have left the window).
+    """
+
+    n_sequences: int
+    n_rows: int
+    skip: int
+    block_tokens: int
+    segments: tuple[Segment, ...]
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def n_blocks(self) -> int:
+        """Blocks of each sequence."""
+        return -(-(self.skip + self.n_rows) // self.block_tokens)
+
+    @cached_property
+    def is_one_run(self) -> bool:
+        """Whether the rows' positions are consecutive."""
+        return len(self.runs) <= 1
+
+
+@dataclass(frozen=True, slots=True)
+class WritePlan:
+    """Where `n_tokens` new rows of each sequence go: row `row` of its table on.
+
+    `tables[b]` lists the (slab, block in the slab) pairs of the blocks that receive rows, in order.
+    """
+
+    n_tokens: int
+    row: int
+    block_tokens: int
+    tables: tuple[tuple[tuple[int, int], ...], ...]

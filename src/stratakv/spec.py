@@ -1,0 +1,155 @@
+"""What a cache looks like, as frozen data: layers, groups and pages. All byte arithmetic is here.
+
+A *page* holds `block_tokens` rows of one KV head, either its keys or its values. A *block* is the set of pages that
+one entry of a block table stands for: one page of K and one of V for each (layer, KV head) in its *group*. A group is
+a set of (layer, KV head) that share one block table, so all of them hold the same tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from blake3 import blake3
+
+from stratakv.errors import ConfigurationError
+
+PAGE_ALIGNMENT = 64
+"""Bytes. A cache line, and the width of the widest vector register that the kernels load."""
+
+
+def aligned(n_bytes: int, alignment: int = PAGE_ALIGNMENT) -> int:
+    """`n_bytes` rounded up to a whole number of `alignment` bytes."""
+    return -(-n_bytes // alignment) * alignment
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """Where the bytes of one page are: `block_tokens` rows of `head_dim` numbers, then the scales, then padding."""
+
+    format: str
+    head_dim: int
+    block_tokens: int
+    payload_bytes: int
+    scale_bytes: int = 0
+    alignment: int = PAGE_ALIGNMENT
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a page as allocated, padding included."""
+        return aligned(self.payload_bytes + self.scale_bytes, self.alignment)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """The keys and values that one attention layer of a model caches.
+
+    `window` is the number of keys that a query of this layer may see, itself included, or None where it sees all.
+    """
+
+    index: int
+    n_kv_heads: int
+    k_dim: int
+    v_dim: int
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.n_kv_heads, self.k_dim, self.v_dim) < 1 or self.index < 0:
+            raise ConfigurationError(f"a layer needs at least one KV head and head dims of at least 1, got {self}")
+        if self.window is not None and self.window < 1:
+            raise ConfigurationError(f"a window counts the query's own key, so it is at least 1, got {self.window}")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Some KV heads of one layer, stored in one group."""
+
+    layer: int
+    heads: tuple[int, ...]
+    k_layout: PageLayout
+    v_layout: PageLayout
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one block holds for this member: all K pages, then all V pages."""
+        return len(self.heads) * (self.k_layout.nbytes + self.v_layout.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which keys a query may see beside the causal rule: the last `window` (itself included) and the first `sinks`.
+
+    `window` None means all of them.
+    """
+
+    window: int | None = None
+    sinks: int = 0
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """A set of (layer, KV head) with one block table.
+
+    `retention` limits what its queries see. `imposed` tells whose limit that is: False for the model's own sliding
+    window, which the model's mask expresses too; True for a policy's, which it does not.
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    block_tokens: int
+    retention: Retention = Retention()
+    imposed: bool = False
+
+    @cached_property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block over all members."""
+        return sum(member.nbytes for member in self.members)
+
+    def blocks_for(self, n_rows: int) -> int:
+        """Blocks that `n_rows` rows take."""
+        return -(-n_rows // self.block_tokens)
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """A whole cache: its layers, how their heads are grouped, and how numbers are stored.
+
+    `layout` is `paged`, `contiguous` or `growing`; `capacity` is in tokens a sequence, for `contiguous` only.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    groups: tuple[GroupSpec, ...]
+    k_format: str
+    v_format: str
+    layout: str
+    capacity: int | None = None
+
+    @cached_property
+    def layers_by_index(self) -> dict[int, LayerSpec]:
+        """Layer specs by the model's own layer index."""
+        return {layer.index: layer for layer in self.layers}
+
+    @cached_property
+    def locations(self) -> dict[int, tuple[tuple[int, int], ...]]:
+        """For each layer index, the (group, member) pairs that together hold all its heads."""
+        found: dict[int, list[tuple[int, int]]] = {layer.index: [] for layer in self.layers}
+        for g, group in enumerate(self.groups):
+            for m, member in enumerate(group.members):
+                found[member.layer].append((g, m))
+        return {index: tuple(pairs) for index, pairs in found.items()}
+
+    def bytes_per_token(self) -> int:
+        """Bytes that one stored token takes over all groups, page padding and scales included, rounded up."""
+        return sum(-(-group.bytes_per_block // group.block_tokens) for group in self.groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for files and fingerprints."""
+        return dataclasses.asdict(self)
+
+    def fingerprint(self) -> str:
+        """Hex digest of all that decides how a byte of this cache is read."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return blake3(text.encode()).hexdigest(length=16)

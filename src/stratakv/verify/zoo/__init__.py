@@ -1,0 +1,31 @@
+"""Every architecture of the installed transformers as a tiny random model, decoded with a cache and without."""
+
+from stratakv.verify.zoo.architectures import Architecture, architectures
+from stratakv.verify.zoo.harness import (
+    CacheFactory,
+    FeedResult,
+    Outcome,
+    context_visible,
+    dynamic_cache_factory,
+    has_kv_cache,
+    run,
+)
+from stratakv.verify.zoo.survey import Row, survey
+from stratakv.verify.zoo.tiny import BuildError, TinyModel, build_tiny
+
+__all__ = [
+    "Architecture",
+    "BuildError",
+    "CacheFactory",
+    "FeedResult",
+    "Outcome",
+    "Row",
+    "TinyModel",
+    "architectures",
+    "build_tiny",
+    "context_visible",
+    "dynamic_cache_factory",
+    "has_kv_cache",
+    "run",
+    "survey",
+]

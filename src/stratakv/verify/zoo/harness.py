@@ -1,0 +1,192 @@
+"""Cached decoding against one uncached forward of the same tokens, with any cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
+
+from stratakv.errors import StateError, UnsupportedError
+from stratakv.verify.zoo.feeds import FEEDS, N_TOKENS, PADDED, PADDING, cache_argument, fed, padded, unpadded, whole
+from stratakv.verify.zoo.tiny import TinyModel, one_line, quiet, text_config
+
+CacheFactory = Callable[[Any], Any]
+Attend = Callable[[Any], object]
+Status = Literal["pass", "refused", "fail"]
+
+# Of the logits' root mean square. Float32 sums in another order differ by some 1e-6 of it in models of this size (the
+# largest seen with transformers' own cache is in the survey's table); a wrong row, mask or position moves the logits by
+# 1e-2 and more. The bound lies between, nearer to rounding.
+TOLERANCE = 1e-4
+# A changed token must move the last logits by at least this many tolerances, or the model cannot show a fault.
+VISIBLE = 20.0
+# How far before the last token the changed one lies: inside every tiny window.
+PROBE_DISTANCE = 6
+
+
+@dataclass(frozen=True)
+class FeedResult:
+    """One way of feeding: the largest absolute difference of the logits and the first position beyond the tolerance."""
+
+    name: str
+    max_abs: float
+    first_position: int | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one cache on one model.
+
+    ``max_abs`` is the largest difference of any logit in any feed, ``tolerance`` what was allowed; ``notes`` say what
+    was left out and why.
+    """
+
+    status: Status
+    reason: str = ""
+    max_abs: float = float("nan")
+    tolerance: float = float("nan")
+    feeds: tuple[FeedResult, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def run(tiny: TinyModel, make_cache: CacheFactory, *, attend: Attend | None = None) -> Outcome:
+    """Feed 24 tokens whole, then through caches of ``make_cache`` in pieces, and compare the logits everywhere.
+
+    ``attend`` is called once with the model after the uncached forwards: the place for ``stratakv.attach``. An
+    UnsupportedError or StateError from either, or from the cache, is 'refused'; any other exception, NaN, inf or
+    difference beyond the tolerance is 'fail'. Never raises; the model may be changed by ``attend``.
+    """
+    with quiet():
+        try:
+            return _run(tiny, make_cache, attend)
+        except (UnsupportedError, StateError) as error:
+            return Outcome("refused", one_line(error))
+        except Exception as error:
+            return Outcome("fail", one_line(error))
+
+
+def has_kv_cache(tiny: TinyModel) -> bool:
+    """Whether the model puts keys and values into transformers' own cache.
+
+    False for recurrent models (their cache holds states only) and for models that take no cache at all.
+    """
+    argument = cache_argument(tiny.model)
+    if argument is None:
+        return False
+    with quiet():
+        cache = dynamic_cache_factory(tiny.model)
+        calls: list[int] = []
+        for part in _self_and_cross(cache):
+            _count_updates(part, calls)
+        fed(tiny, tiny.inputs(4), (3, 1), cache)
+    return bool(calls) or any(_holds_rows(part) for part in _self_and_cross(cache))
+
+
+def dynamic_cache_factory(model: Any) -> Any:
+    """transformers' own default cache for ``model``, as ``generate`` makes it."""
+    config = text_config(model.config)
+    if getattr(model.config, "is_encoder_decoder", False):
+        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    return DynamicCache(config=config)
+
+
+def context_visible(tiny: TinyModel) -> float:
+    """How far the last logits move when the token ``PROBE_DISTANCE`` before them is another: in tolerances."""
+    with quiet():
+        inputs = tiny.inputs(N_TOKENS)
+        changed = {**inputs, tiny.token_name: inputs[tiny.token_name].clone()}
+        ids = changed[tiny.token_name]
+        other = tiny.draw_ids(1, 64, torch.Generator().manual_seed(1)).flatten()
+        ids[0, -1 - PROBE_DISTANCE] = other[other != ids[0, -1 - PROBE_DISTANCE]][0]
+        before, after = whole(tiny, inputs), whole(tiny, changed)
+    return float((before[:, -1] - after[:, -1]).abs().max()) / _tolerance(before)
+
+
+def _run(tiny: TinyModel, make_cache: CacheFactory, attend: Attend | None) -> Outcome:
+    inputs = tiny.inputs(N_TOKENS)
+    oracle = whole(tiny, inputs)
+    if not bool(torch.isfinite(oracle).all()):
+        return Outcome("fail", "the uncached forward itself is not finite")
+    tolerance = _tolerance(oracle)
+    visible = context_visible(tiny)
+    if not visible >= VISIBLE:
+        return Outcome("fail", f"the logits hardly depend on earlier tokens ({visible:.2g} tolerances): no fault would show")
+    rows, batch, truth, notes = _padded_oracle(tiny, tolerance)
+    if attend is not None:
+        attend(tiny.model)
+    results = []
+    for feed in FEEDS:
+        logits = fed(tiny, inputs, feed.steps, make_cache(tiny.model))
+        results.append(_compare(feed.name, logits, oracle, tolerance))
+    if batch is not None:
+        logits = fed(tiny, batch, PADDED.steps, make_cache(tiny.model))
+        results.append(_compare(PADDED.name, _real(logits), truth, tolerance))
+    return _outcome(tuple(results), tolerance, notes)
+
+
+def _padded_oracle(
+    tiny: TinyModel, tolerance: float
+) -> tuple[dict[str, Any], dict[str, Any] | None, Tensor, tuple[str, ...]]:
+    """Inputs of the padded batch and the logits of its real tokens; None where the model itself cannot pad."""
+    rows = tiny.inputs(N_TOKENS, batch=2, seed=1)
+    try:
+        truth = torch.cat(unpadded(tiny, rows, lambda alone: whole(tiny, alone)), dim=1)
+        batch = padded(tiny, rows)
+        difference = float((_real(whole(tiny, batch)) - truth).abs().max())
+    except Exception as error:
+        return rows, None, torch.empty(0), (f"padded batch left out: uncached, it raises {one_line(error)}",)
+    if not difference <= tolerance:
+        note = f"padded batch left out: uncached, it differs from the unpadded rows by {difference:.2g}"
+        return rows, None, torch.empty(0), (note,)
+    return rows, batch, truth, ()
+
+
+def _real(logits: Tensor) -> Tensor:
+    """[2, tokens, vocabulary] -> [1, real tokens of row 0 then of row 1, vocabulary]."""
+    return torch.cat([logits[:1], logits[1:, PADDING:]], dim=1)
+
+
+def _tolerance(oracle: Tensor) -> float:
+    return TOLERANCE * float(oracle.square().mean().sqrt())
+
+
+def _compare(name: str, logits: Tensor, oracle: Tensor, tolerance: float) -> FeedResult:
+    if logits.shape != oracle.shape:
+        raise ValueError(f"{name}: logits of shape {tuple(logits.shape)}, uncached {tuple(oracle.shape)}")
+    difference = (logits - oracle).abs().amax(dim=(0, 2))  # [tokens]
+    beyond = ~(difference <= tolerance)  # NaN is beyond
+    first = int(beyond.nonzero()[0]) if bool(beyond.any()) else None
+    return FeedResult(name, float(difference.max()), first)
+
+
+def _outcome(results: tuple[FeedResult, ...], tolerance: float, notes: tuple[str, ...]) -> Outcome:
+    wrong = [result for result in results if result.first_position is not None]
+    worst = max((result.max_abs for result in results), key=lambda value: (value != value, value))
+    if not wrong:
+        return Outcome("pass", "", worst, tolerance, results, notes)
+    reason = "; ".join(f"{r.name}: {r.max_abs:.2g} from position {r.first_position} on" for r in wrong)
+    return Outcome("fail", f"{reason} (allowed {tolerance:.1g})", worst, tolerance, results, notes)
+
+
+def _self_and_cross(cache: Any) -> tuple[Any, ...]:
+    if isinstance(cache, EncoderDecoderCache):
+        return cache.self_attention_cache, cache.cross_attention_cache
+    return (cache,)
+
+
+def _count_updates(cache: Any, calls: list[int]) -> None:
+    original = cache.update
+
+    def update(key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        calls.append(layer_idx)
+        return original(key_states, value_states, layer_idx, *args, **kwargs)
+
+    cache.update = update
+
+
+def _holds_rows(cache: Any) -> bool:
+    return any(isinstance(getattr(layer, "keys", None), Tensor) and layer.keys.numel() > 0 for layer in cache.layers)
