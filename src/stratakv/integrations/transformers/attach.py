@@ -1,0 +1,151 @@
+"""`attach`: let a transformers model compute attention with our function, after proving that it may."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stratakv.errors import StrataKVError, UnsupportedError
+from stratakv.integrations.transformers.attention import register
+from stratakv.integrations.transformers.cache import ATTENTION_NAME, KVCache
+from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword
+from stratakv.integrations.transformers.geometry import decoder_config
+from stratakv.integrations.transformers.quiet import quiet_transformers
+
+PROBE_TOKENS = 12
+PROBE_CHUNKS = (7, 1, 1, 3)
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What `attach` did. `max_abs` is the largest difference that the probe saw in the logits, of size `scale`."""
+
+    model: PreTrainedModel
+    replaced: Mapping[int, tuple[Any, str]]
+    max_abs: float
+    scale: float
+
+    def detach(self) -> None:
+        """Give the model its own attention back."""
+        _restore(self.replaced)
+
+
+def attach(model: PreTrainedModel, *, probe_inputs: Mapping[str, Tensor] | None = None) -> Attachment:
+    """Register our attention and mask functions and make `model` use them.
+
+    The model is run once without a cache, and once through a `KVCache` with our attention, on a few tokens. Where the
+    two differ, or a number is not finite, the model does something between storing keys and attending to them that
+    our function does not see: it is refused and left as it was.
+
+    Args:
+        model: a transformers model in eval mode.
+        probe_inputs: what the probe feeds beside its tokens, for models that need more than `input_ids` (an encoder's
+            `input_features`, say); `input_ids` or `decoder_input_ids` here replace the probe's own.
+
+    Raises:
+        UnsupportedError: with the reason. The model is as it was.
+    """
+    config = decoder_config(model.config)
+    if config._attn_implementation == ATTENTION_NAME:
+        return Attachment(model, {}, 0.0, 1.0)
+    register()
+    name = type(model).__name__
+    before = _implementations(model)
+    try:
+        with torch.no_grad(), quiet_transformers():
+            inputs = _probe_inputs(model, probe_inputs)
+            expected = _logits(model(**inputs, use_cache=False))
+            model.set_attn_implementation(ATTENTION_NAME)
+            if config._attn_implementation != ATTENTION_NAME:
+                raise UnsupportedError(f"{name} computes attention in code of its own and takes no other function")
+            found = _cached_logits(model, inputs)
+    except Exception as error:
+        _restore(before)
+        if isinstance(error, StrataKVError):
+            raise UnsupportedError(f"{name} cannot be attached: {error}") from error
+        raise UnsupportedError(f"{name} cannot be attached, the probe failed: {type(error).__name__}: {error}") from error
+    except BaseException:
+        _restore(before)
+        raise
+    max_abs, scale = float((found - expected).abs().max()), float(expected.abs().max())
+    if not torch.isfinite(expected).all():
+        reason = "its own output is not finite"
+    elif not torch.isfinite(found).all():
+        reason = "it changes keys or values after storing them, or attends in code of its own (the output is NaN)"
+    elif max_abs > _tolerance(model.dtype) * max(scale, 1.0):
+        reason = f"its logits differ by {max_abs:.3g} at a size of {scale:.3g}: its attention has a term ours does not see"
+    else:
+        changed = {key: (c, implementation) for key, (c, implementation) in before.items()}
+        return Attachment(model, changed, max_abs, scale)
+    _restore(before)
+    raise UnsupportedError(f"{name} cannot be attached: {reason}")
+
+
+def detach(model: PreTrainedModel, attention: str = "sdpa") -> None:
+    """Make `model` use one of transformers' own attention functions again."""
+    model.set_attn_implementation(attention)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Relative to the largest logit. In fp32 rounding stays below 1e-5; half precision rounds after every layer."""
+    return 1e-4 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps if dtype.itemsize < 4 else 1e-8
+
+
+def _probe_inputs(model: PreTrainedModel, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    config = decoder_config(model.config)
+    inputs = dict(given or {})
+    ids_name = "decoder_input_ids" if getattr(model.config, "is_encoder_decoder", False) else "input_ids"
+    special = {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "unk", "mask")}
+    usable = [i for i in range(config.vocab_size - 1, 0, -1) if i not in special][:997]
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(usable), (1, PROBE_TOKENS), generator=generator)
+    ids = torch.tensor(usable)[picks].to(model.device)
+    inputs.setdefault(ids_name, ids)
+    if ids_name == "decoder_input_ids" and model.main_input_name == "input_ids":
+        inputs.setdefault("input_ids", ids.flip(1))
+    return inputs
+
+
+def _cached_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    ids_name = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    cache = KVCache.for_model(model)
+    ids = inputs[ids_name]
+    others = {key: value for key, value in inputs.items() if key != ids_name}
+    chunks = ids.split([*PROBE_CHUNKS, max(ids.shape[1] - sum(PROBE_CHUNKS), 0)], dim=1) if ids.shape[1] > 12 else None
+    pieces = chunks or ids.split(list(PROBE_CHUNKS), dim=1)
+    keyword = cache_keyword(model)
+    return torch.cat(
+        [
+            _logits(model(**{ids_name: piece, keyword: cache}, **others, use_cache=True))
+            for piece in pieces
+            if piece.shape[1]
+        ],
+        dim=1,
+    )
+
+
+def _logits(output: Any) -> Tensor:
+    logits = output.logits if hasattr(output, "logits") else output[0]
+    assert isinstance(logits, Tensor)
+    return logits.float()
+
+
+def _implementations(model: PreTrainedModel) -> dict[int, tuple[Any, str]]:
+    """Every config in the model, with the attention that it names."""
+    found = {}
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while configs:
+        config = configs.pop()
+        if id(config) not in found:
+            found[id(config)] = (config, config._attn_implementation_internal)
+            configs.extend(sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None)
+    return found
+
+
+def _restore(implementations: Mapping[int, tuple[Any, str]]) -> None:
+    for config, implementation in implementations.values():
+        config._attn_implementation_internal = implementation

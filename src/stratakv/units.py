@@ -1,0 +1,31 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from stratakv.errors import ConfigurationError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes from a number or from text like `"2GiB"`, `"512 MB"`.
+
+    Raises:
+        ConfigurationError: not a size, or not above 0.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?b?\s*", str(size).lower())
+    n_bytes = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    if n_bytes < 1:
+        raise ConfigurationError(f"a size is a number of bytes or text like '2GiB' or '512MB', got {size!r}")
+    return n_bytes
+
+
+def format_bytes(n_bytes: float) -> str:
+    """`n_bytes` with a binary unit, three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n_bytes) < 1024 or unit == "GiB":
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.3g} {unit}" if n_bytes < 1000 else f"{n_bytes:.0f} {unit}"
+        n_bytes /= 1024
+    raise AssertionError
