@@ -149,6 +149,34 @@ class CacheSpec:
         """Plain data, for files and fingerprints."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> CacheSpec:
+        """The spec that `to_dict` described.
+
+        Raises:
+            ConfigurationError, KeyError, TypeError: the data describes none.
+        """
+        layers = tuple(LayerSpec(**layer) for layer in data["layers"])
+        groups = tuple(
+            GroupSpec(
+                group["name"],
+                tuple(
+                    Member(
+                        member["layer"],
+                        tuple(member["heads"]),
+                        PageLayout(**member["k_layout"]),
+                        PageLayout(**member["v_layout"]),
+                    )
+                    for member in group["members"]
+                ),
+                group["block_tokens"],
+                Retention(**group["retention"]),
+                group["imposed"],
+            )
+            for group in data["groups"]
+        )
+        return cls(layers, groups, data["k_format"], data["v_format"], data["layout"], data["capacity"])
+
     def fingerprint(self) -> str:
         """Hex digest of all that decides how a byte of this cache is read."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))

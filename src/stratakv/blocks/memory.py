@@ -132,10 +132,30 @@ class Memory:
         self._freed([freed if g == group else [] for g in range(len(self.arenas))])
 
     def respec_layer(self, layer: LayerSpec) -> None:
-        """Take on other heads or head dims for a layer of which nothing is stored yet."""
-        self._adopt_spec(with_layer(self.spec, layer))
+        """Take on other heads or head dims for a layer of which nothing is stored yet.
+
+        Raises:
+            CapacityError: what is reserved would then exceed `max_bytes`.
+        """
+        changed = with_layer(self.spec, layer)
+        self._check_budget(
+            sum(
+                (new.bytes_per_block - old.bytes_per_block) * arena.n_blocks
+                for new, old, arena in zip(changed.groups, self.spec.groups, self.arenas, strict=True)
+            )
+        )
+        self._adopt_spec(changed)
         for arena, group in zip(self.arenas, self.spec.groups, strict=True):
             arena.respec(group)
+
+    def claim(self, group: int, n_blocks: int) -> list[int]:
+        """`n_blocks` blocks of one group, for rows that are loaded rather than appended.
+
+        Raises:
+            CapacityError: over `max_bytes`.
+        """
+        self._reserve([n_blocks if g == group else 0 for g in range(len(self.arenas))])
+        return self.ledger.pools[group].alloc(n_blocks)
 
     def settle_orphans(self) -> None:
         """Release the blocks of sequences that were garbage collected."""

@@ -135,6 +135,12 @@ class Sequence:
         table.floor = max(table.floor, plan.floor)
         return self.ledger.pools[group].release(change.dropped)
 
+    def adopt(self, group: int, table: GroupTable) -> None:
+        """Take on rows that were loaded: blocks that are held already, and their positions."""
+        mine = self.tables[group]
+        mine.block_ids[:] = table.block_ids
+        mine.runs, mine.floor = table.runs, table.floor
+
     def release(self) -> list[list[int]]:
         """Let go of all blocks; returns those that became free, a list a group."""
         return self.truncate(0)

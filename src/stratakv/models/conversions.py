@@ -100,8 +100,13 @@ class ConversionCache:
         """Say whether every file has the bytes that were sealed. Cheap: unchanged files are not read again."""
         try:
             manifest = json.loads((target / _MANIFEST).read_text(encoding="utf-8"))
-            return manifest["version"] == CONVERTER_VERSION and all(
-                self._digests.of([target / name], progress) == digest for name, digest in manifest["files"].items()
+            sealed = manifest["files"]
+            present = {file.name for file in target.iterdir()} - {_MANIFEST}
+            return (
+                manifest["version"] == CONVERTER_VERSION
+                and bool(sealed)
+                and present == sealed.keys()
+                and all(self._digests.of([target / name], progress) == digest for name, digest in sealed.items())
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False

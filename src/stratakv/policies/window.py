@@ -61,3 +61,9 @@ class Window(RetentionPolicy):
     def to_dict(self) -> dict[str, Any]:
         """Name, sizes and sinks."""
         return {"name": self.name, "sizes": list(self.sizes), "sinks": self.sinks}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Window:
+        """The window that `to_dict` described."""
+        sizes = [int(size) for size in data["sizes"]]
+        return cls(sizes[0] if len(sizes) == 1 else sizes, int(data["sinks"]))

@@ -14,7 +14,7 @@ from stratakv.blocks.batch import Checkpoint, SequenceBatch
 from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory, MemoryUsage
 from stratakv.codecs import codec_names
-from stratakv.errors import ConfigurationError, StateError, UnsupportedError
+from stratakv.errors import ConfigurationError, FingerprintError, StateError, UnsupportedError
 from stratakv.integrations.transformers import recurrent
 from stratakv.integrations.transformers.compat import (
     Cache,
@@ -423,13 +423,15 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
             As `load`.
         """
         loaded = self.load(path, self.model)
-        if loaded.spec != self.spec and (self.spec.k_format, self.spec.v_format) != (
-            loaded.spec.k_format,
-            loaded.spec.v_format,
-        ):
-            raise StateError(f"the file holds {loaded.spec.k_format}/{loaded.spec.v_format}, this cache does not")
+        formats, own = ((s.k_format, s.v_format, s.layout) for s in (loaded.spec, self.spec))
+        if formats != own:
+            raise FingerprintError(f"{path} is of format and layout {formats}, this cache of {own}")
         self._epoch.advance()
         self.batch.reset()
+        loaded.batch.memory.max_bytes, loaded.batch.memory.poison = (
+            self.batch.memory.max_bytes,
+            self.batch.memory.poison,
+        )
         self.batch, self.dtypes, self.token_ids = loaded.batch, loaded.dtypes, loaded.token_ids
 
     def match_prefix(self, token_ids: Any) -> int:

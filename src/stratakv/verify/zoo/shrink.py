@@ -1,9 +1,9 @@
-"""Make a tiny config out of the default one, recursively through its sub-configs, by rules that name no architecture."""
+"""Make a tiny config out of the default one and its sub-configs, by rules that name no architecture."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -45,18 +45,16 @@ class _SpecialIds:
         return self.renamed.setdefault(token_id, VOCABULARY - 1 - len(self.renamed) % (VOCABULARY // 2))
 
 
-def tiny_config(
-    config_type: type[Any], adjustments: Mapping[str, Any] | None = None, start: Mapping[str, Any] | None = None
-) -> Any:
-    """A tiny instance of ``config_type``.
+def tiny_config(default: Any, adjustments: Mapping[str, Any] | None = None) -> Any:
+    """A tiny config of the type of ``default``, a config with the default sizes.
 
-    ``start`` are arguments without which the default config does not exist; ``adjustments`` are final values, with
-    dots for sub-configs (``{"text_config.num_hidden_layers": 4}``), that win over the rules.
+    ``adjustments`` are final values, with dots for sub-configs (``{"text_config.num_hidden_layers": 4}``); they win
+    over the rules.
     """
-    return _shrink(config_type(**dict(start or {})), dict(adjustments or {}), dict(start or {}), _SpecialIds())
+    return _shrink(default, dict(adjustments or {}), _SpecialIds())
 
 
-def _shrink(default: Any, adjustments: Mapping[str, Any], start: Mapping[str, Any], ids: _SpecialIds) -> Any:
+def _shrink(default: Any, adjustments: Mapping[str, Any], ids: _SpecialIds) -> Any:
     scale = _scale(default, adjustments)
     arguments: dict[str, Any] = {}
     declared = declared_defaults(type(default))
@@ -66,20 +64,26 @@ def _shrink(default: Any, adjustments: Mapping[str, Any], start: Mapping[str, An
         value = _read(default, name, declared_value)
         if isinstance(value, PretrainedConfig):
             below = {key.split(".", 1)[1]: v for key, v in adjustments.items() if key.startswith(f"{name}.")}
-            arguments[name] = _shrink(value, below, {}, ids)
-        elif name in start or declared_value is not None:
+            arguments[name] = _shrink(value, below, ids)
+        elif isinstance(declared_value, str) and not isinstance(value, str):
+            arguments[name] = declared_value  # "auto": to be derived again from the tiny sizes
+        elif declared_value is not None:
             arguments[name] = _tiny_value(name, value, scale, ids)
         elif value is None and name in _DERIVED_LATE:
             arguments[name] = _DERIVED_LATE[name]
     overrides = _per_layer_overrides(default)
     if overrides:
         arguments["per_layer_config"] = {
-            index: {name: _tiny_value(name, value, scale, ids) for name, value in layer.items()}
-            for index, layer in overrides.items()
-            if index < scale.n_layers
+            index: _tiny_layer(layer, scale, ids) for index, layer in overrides.items() if index < scale.n_layers
         }
     arguments.update({key: value for key, value in adjustments.items() if "." not in key})
     return type(default)(**arguments)
+
+
+def _tiny_layer(layer: Mapping[str, Any], scale: Scale, ids: _SpecialIds) -> dict[str, Any]:
+    """The fields in which one layer differs; its KV heads are related to its own query heads."""
+    own = replace(scale, heads=int(layer.get("num_attention_heads", scale.heads)))
+    return {name: _tiny_value(name, value, own, ids) for name, value in layer.items()}
 
 
 def _tiny_value(name: str, value: Any, scale: Scale, ids: _SpecialIds) -> Any:

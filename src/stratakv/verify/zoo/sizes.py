@@ -27,7 +27,7 @@ class Scale:
     """What the default config says about the sizes that others relate to.
 
     ``hidden``: the default hidden size; ``heads``: its attention heads; ``n_layers``: layers of the tiny config;
-    ``swa_heads_differ``: its sliding layers have another number of heads; ``experts_grouped``: routing by groups.
+    ``default_layers``: layers of the default one.
     """
 
     hidden: int
@@ -60,7 +60,7 @@ def query_heads(value: int, scale: Scale) -> int:
     """Attention heads; twice as many where a kind of layer has another number than the main one."""
     if value <= HEADS:
         return value
-    return HEADS if value == scale.heads or scale.heads == 0 else HEADS * 2
+    return HEADS if scale.heads in (value, 0) else HEADS * 2
 
 
 def kv_heads(value: int, scale: Scale) -> int:
@@ -109,23 +109,34 @@ RULES: tuple[Rule, ...] = (
     (r"num_(conv|feat_extract|lstm|adapter|residual)_layers|prenet_layers|postnet_layers", period),
     (r"(^|_)n?(um)?_?(hidden_)?layers(_per_stack)?$|^n_layer$|^depth$|_layers$|recurrent_layers$", layers),
     (r"num_blocks$|layer_end_index", _at_most(TOWER_LAYERS)),
-    (r"max_.*position|n_positions|n_ctx|max_seq_len|model_max_length|^context_length|position_embeddings$", lambda v, s: min(v, POSITIONS)),
+    (
+        r"max_.*position|n_positions|n_ctx|max_seq_len|model_max_length|^context_length|position_embeddings$",
+        lambda v, s: min(v, POSITIONS),
+    ),
     (r"max_position|_pos_emb$|_positions$|floor_scale|n_floor$", _at_most(POSITIONS)),
-    (r"sliding_window|attention_chunk_size|attention_window|local_attention|window_size|keep_window|window_len", _at_most(WINDOW)),
+    (
+        r"sliding_window|attention_chunk_size|attention_window|local_attention|window_size|keep_window|window_len",
+        _at_most(WINDOW),
+    ),
     (r"local_radius", _at_most(WINDOW - 1)),
     (r"index_topk_blocks", _at_most(2)),
     (r"index_topk$", _at_most(WINDOW)),
     (r"index_block_size|global_block_size", _at_most(4)),
     (r"attn_chunk_length|^(mamba_)?chunk_size$|^block_size$|chunk_length$|context_size$", _at_most(WINDOW)),
-    (r"context_(left|right)|left_context|right_context|chunk_left|rel_extent", _at_most(WINDOW)),
+    (r"context_(left|right)|left_context|right_context|chunk_left|rel_extent", _at_most(WINDOW // 2)),
+    (r"num_filters|n_filters", _at_most(4)),
     (r"expert_capacity", period),
     (r"linear_num.*heads|linear_.*_heads", linear_heads),
-    (r"index_n_heads|index_.*heads", _at_most(4)),
+    # ReLU scores: with few heads many are exactly zero, and the top-k of equal scores is arbitrary.
+    (r"index_n_heads|index_.*heads", _at_most(16)),
     (r"ssm.*heads|mamba.*heads", linear_heads),
     (r"kv_heads$|key_value_heads$|kv_n_heads$|num_query_groups", kv_heads),
     (r"(^|_)heads$|^n_head$|n_heads$", query_heads),
     (r"mrope|rope_dim$|^rotary_dim$|^rope_head_dim", _at_most(8)),
-    (r"head_dim$|^d_kv$|^d_head$|^dim_head$|mamba_d_head|mamba_headdim|kv_channels|head_size$|key_dim$|value_dim$", head_dim),
+    (
+        r"head_dim$|^d_kv$|^d_head$|^dim_head$|mamba_d_head|mamba_headdim|kv_channels|head_size$|key_dim$|value_dim$",
+        head_dim,
+    ),
     (r"_rank$|lowrank$", _at_most(16)),
     (r"^(mamba_|ssm_)?(d_)?state(_size)?$|mamba_d_state|ssm_state_size|^state_size", _at_most(16)),
     (r"^n_group$|num_expert_group|^n_groups$|mamba_n_?groups|ngroups|o_groups", _at_most(2)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from stratakv.errors import StrataKVError
-from stratakv.verify.zoo.adjustments import ADJUSTMENTS, NO_ADJUSTMENT
+from stratakv.verify.zoo.adjustments import ADJUSTMENTS, NO_ADJUSTMENT, Adjustment
 from stratakv.verify.zoo.architectures import Architecture, config_class, model_class
 from stratakv.verify.zoo.shrink import tiny_config
 from stratakv.verify.zoo.sizes import HIDDEN, VOCABULARY
@@ -33,7 +33,9 @@ class BuildError(StrataKVError):
 class TinyModel:
     """A tiny model in evaluation mode, float32, on the CPU, and what is needed to call it.
 
-    ``max_positions``: positions it can take; ``special_ids``: ids that ``inputs`` never draws.
+    ``max_positions``: positions it can take; ``whole_ids``: each forward
+    takes all tokens so far and leaves out the cached ones itself; ``needs_positions``:
+    it does not count positions right from a cache; ``special_ids``: ids that ``inputs`` never draws.
     """
 
     architecture: Architecture
@@ -41,6 +43,8 @@ class TinyModel:
     vocab_size: int
     max_positions: int
     n_parameters: int
+    whole_ids: bool = False
+    needs_positions: bool = False
     special_ids: frozenset[int] = field(default_factory=frozenset)
 
     @property
@@ -63,7 +67,7 @@ class TinyModel:
         generator = torch.Generator().manual_seed(seed)
         given: dict[str, Any] = {self.token_name: self.draw_ids(n_tokens, batch, generator)}
         if self.is_encoder_decoder:
-            given["encoder_outputs"] = BaseModelOutput(last_hidden_state=self._encoded(batch, generator))
+            given["encoder_outputs"] = encoder_states(self._encoded(batch, generator))
         return given
 
     def draw_ids(self, n_tokens: int, batch: int, generator: torch.Generator) -> Tensor:
@@ -94,14 +98,23 @@ class TinyModel:
         return HIDDEN
 
 
+def encoder_states(states: Tensor) -> Any:
+    """Encoder output around ``states`` [batch, tokens, width], with the further fields that some decoders read."""
+    output = BaseModelOutput(last_hidden_state=states)
+    for name in ("attention_mask", "router_logits", "router_probs"):
+        setattr(output, name, None)
+    return output
+
+
 def build_tiny(architecture: Architecture, seed: int = 0) -> TinyModel:
     """Build a tiny model of ``architecture``, with every kind of layer that its default config has.
 
     Parameters are counted on the meta device first. Raises BuildError, with the reason, where transformers cannot
     make the config or the model, or where it would have more than ``MOST_PARAMETERS`` parameters.
     """
+    adjustment = ADJUSTMENTS.get(architecture.model_type, NO_ADJUSTMENT)
     with quiet():
-        config, build = _recipe(architecture)
+        config, build = _recipe(architecture, adjustment)
         n_parameters = _count(build)
         if n_parameters > MOST_PARAMETERS:
             raise BuildError(f"{n_parameters:,} parameters, more than {MOST_PARAMETERS:,}: the size-down failed")
@@ -118,6 +131,8 @@ def build_tiny(architecture: Architecture, seed: int = 0) -> TinyModel:
         vocab_size=_vocab_size(model),
         max_positions=int(getattr(text_config(config), "max_position_embeddings", 0) or 0),
         n_parameters=n_parameters,
+        whole_ids=adjustment.whole_ids,
+        needs_positions=adjustment.needs_positions,
         special_ids=frozenset(_special_ids(config)),
     )
 
@@ -147,12 +162,11 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def _recipe(architecture: Architecture) -> tuple[Any, Any]:
-    adjustment = ADJUSTMENTS.get(architecture.model_type, NO_ADJUSTMENT)
+def _recipe(architecture: Architecture, adjustment: Adjustment) -> tuple[Any, Callable[[], Any]]:
     try:
         model_type = model_class(architecture)
-        config = tiny_config(config_class(architecture), adjustment.values, adjustment.start)
-        config = _part_for(model_type, config)
+        default = _part_for(model_type, config_class(architecture)(**adjustment.start))
+        config = tiny_config(default, adjustment.values)
         if architecture.kind == "causal-lm" and getattr(config, "is_decoder", None) is False:
             config.is_decoder = True  # BERT-like encoders are causal, and cache, only as decoders
     except Exception as error:
@@ -171,7 +185,7 @@ def _part_for(model_type: type[Any], config: Any) -> Any:
     return config
 
 
-def _count(build: Any) -> int:
+def _count(build: Callable[[], Any]) -> int:
     try:
         with torch.device("meta"):
             model = build()
