@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stratakv import errors, policies
     from stratakv.integrations.transformers import Attachment, EncoderDecoderKVCache, KVCache, attach, detach
     from stratakv.models import load
-    from stratakv.verify import VerifyReport, verify
+    from stratakv.verification import VerifyReport, verify
 
 __version__ = version("stratakv")
 
@@ -26,11 +26,11 @@ _HOMES = {
     "Attachment": "stratakv.integrations.transformers",
     "EncoderDecoderKVCache": "stratakv.integrations.transformers",
     "KVCache": "stratakv.integrations.transformers",
-    "VerifyReport": "stratakv.verify",
+    "VerifyReport": "stratakv.verification",
     "attach": "stratakv.integrations.transformers",
     "detach": "stratakv.integrations.transformers",
     "load": "stratakv.models",
-    "verify": "stratakv.verify",
+    "verify": "stratakv.verification",
 }
 _MODULES = ("errors", "policies")
 

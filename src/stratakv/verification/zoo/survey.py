@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
-from stratakv.verify.zoo.architectures import Architecture, Kind, architectures
-from stratakv.verify.zoo.harness import CacheFactory, Outcome, has_kv_cache, run
-from stratakv.verify.zoo.tiny import BuildError, TinyModel, build_tiny, one_line
+from stratakv.verification.zoo.architectures import Architecture, Kind, architectures
+from stratakv.verification.zoo.harness import CacheFactory, Outcome, has_kv_cache, run
+from stratakv.verification.zoo.tiny import BuildError, TinyModel, build_tiny, one_line
 
 
 @dataclass(frozen=True)

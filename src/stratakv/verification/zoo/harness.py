@@ -14,20 +14,21 @@ from transformers import Cache, EncoderDecoderCache, GenerationConfig
 from transformers.generation import GenerationMode
 
 from stratakv.errors import StateError, UnsupportedError
-from stratakv.verify.zoo.feeds import (
+from stratakv.verification.zoo.feeds import (
     FEEDS,
     N_TOKENS,
     PADDED,
     Feed,
     cache_argument,
     fed,
+    inputs_for,
     padded,
     real,
     unpadded,
     whole,
     with_positions,
 )
-from stratakv.verify.zoo.tiny import TinyModel, one_line, quiet
+from stratakv.verification.zoo.tiny import TinyModel, one_line, quiet
 
 CacheFactory = Callable[[Any], Any]
 Attend = Callable[[Any], object]
@@ -128,11 +129,11 @@ def context_visible(tiny: TinyModel) -> float:
 
 
 def _run(tiny: TinyModel, make_cache: CacheFactory, attend: Attend | None) -> Outcome:
-    inputs = with_positions(tiny, tiny.inputs(N_TOKENS))
-    oracle = whole(tiny, inputs)
-    if not bool(torch.isfinite(oracle).all()):
+    inputs = [inputs_for(tiny, feed) for feed in FEEDS]
+    oracles = [whole(tiny, given) for given in inputs]
+    if not all(bool(torch.isfinite(oracle).all()) for oracle in oracles):
         return Outcome("fail", "the uncached forward itself is not finite")
-    tolerance = _tolerance(oracle)
+    tolerance = _tolerance(oracles[0])
     visible = context_visible(tiny)
     if not visible >= VISIBLE:
         return Outcome(
@@ -142,8 +143,8 @@ def _run(tiny: TinyModel, make_cache: CacheFactory, attend: Attend | None) -> Ou
     if attend is not None:
         attend(tiny.model)
     results = []
-    for feed in FEEDS:
-        logits = fed(tiny, inputs, feed, make_cache(tiny.model))
+    for feed, given, oracle in zip(FEEDS, inputs, oracles, strict=True):
+        logits = fed(tiny, given, feed, make_cache(tiny.model))
         results.append(_compare(feed.name, logits, oracle, tolerance))
     if batch is not None:
         logits = fed(tiny, batch, PADDED, make_cache(tiny.model))

@@ -80,6 +80,7 @@ ADJUSTMENTS: Mapping[str, Adjustment] = {
         "three transformers must agree on the global width",
         {"encoder_config.hidden_size_global": 64, "decoder_config.hidden_size_global": 64},
     ),
+    "flint": Adjustment("its last layer is always full attention, wherever that is", {"num_hidden_layers": 4}),
     "gpt_neo": Adjustment(
         "layer kinds are run-length coded", {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}
     ),
@@ -124,6 +125,7 @@ ADJUSTMENTS: Mapping[str, Adjustment] = {
     "xlm": Adjustment(_WHOLE, whole_ids=True),
     "nemotron_h": Adjustment(_CLAMPED, {"time_step_min": 1e-6}),
     "nemo_speechlm": Adjustment(
-        "parts must agree on the width of sound", {"audio_config.diarization_config.head_config.audio_hidden_size": 64}
+        "parts must agree on the width of sound",
+        {"audio_config.diarization_config.head_config.audio_hidden_size": 64, "text_config.time_step_min": 1e-6},
     ),
 }

@@ -1,7 +1,7 @@
 """Every architecture of the installed transformers as a tiny random model, decoded with a cache and without."""
 
-from stratakv.verify.zoo.architectures import Architecture, architectures
-from stratakv.verify.zoo.harness import (
+from stratakv.verification.zoo.architectures import Architecture, architectures
+from stratakv.verification.zoo.harness import (
     CacheFactory,
     FeedResult,
     Outcome,
@@ -10,8 +10,8 @@ from stratakv.verify.zoo.harness import (
     has_kv_cache,
     run,
 )
-from stratakv.verify.zoo.survey import Row, survey
-from stratakv.verify.zoo.tiny import BuildError, TinyModel, build_tiny
+from stratakv.verification.zoo.survey import Row, survey
+from stratakv.verification.zoo.tiny import BuildError, TinyModel, build_tiny
 
 __all__ = [
     "Architecture",

@@ -15,11 +15,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from stratakv.errors import StrataKVError
-from stratakv.verify.zoo.adjustments import ADJUSTMENTS, NO_ADJUSTMENT, Adjustment
-from stratakv.verify.zoo.architectures import Architecture, config_class, model_class
-from stratakv.verify.zoo.shrink import tiny_config
-from stratakv.verify.zoo.sizes import HIDDEN, VOCABULARY
-from stratakv.verify.zoo.weights import redraw
+from stratakv.verification.zoo.adjustments import ADJUSTMENTS, NO_ADJUSTMENT, Adjustment
+from stratakv.verification.zoo.architectures import Architecture, config_class, model_class
+from stratakv.verification.zoo.shrink import tiny_config
+from stratakv.verification.zoo.sizes import HIDDEN, VOCABULARY
+from stratakv.verification.zoo.weights import redraw
 
 MOST_PARAMETERS = 20_000_000
 ENCODER_TOKENS = 11
@@ -71,10 +71,15 @@ class TinyModel:
         return given
 
     def draw_ids(self, n_tokens: int, batch: int, generator: torch.Generator) -> Tensor:
-        """Token ids [batch, n_tokens] that mean nothing special to the model."""
-        plain = [token for token in range(1, self.vocab_size) if token not in self.special_ids]
-        picked = torch.randint(len(plain), (batch, n_tokens), generator=generator)
-        return torch.tensor(plain)[picked]
+        """Token ids [batch, n_tokens] that mean nothing special to the model; no token twice in a row if it can be.
+
+        Twice the same token gives the same value in a first layer, hence equal scores in models that attend to the
+        top k (Doge), and which of the equal ones they take is arbitrary.
+        """
+        plain = torch.tensor([token for token in range(1, self.vocab_size) if token not in self.special_ids])
+        if n_tokens > len(plain):
+            return plain[torch.randint(len(plain), (batch, n_tokens), generator=generator)]
+        return torch.stack([plain[torch.randperm(len(plain), generator=generator)[:n_tokens]] for _ in range(batch)])
 
     def _encoded(self, batch: int, generator: torch.Generator) -> Tensor:
         """[batch, tokens, width]: the encoder's own output for text, random states for sound and pictures.

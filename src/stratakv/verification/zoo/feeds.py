@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stratakv.verify.zoo.tiny import TinyModel, encoder_states, forward_parameters
+from stratakv.verification.zoo.tiny import TinyModel, encoder_states, forward_parameters
 
 N_TOKENS = 24
 PREFILL = 16
@@ -59,8 +59,6 @@ def whole(tiny: TinyModel, inputs: dict[str, Any]) -> Tensor:
 def fed(tiny: TinyModel, inputs: dict[str, Any], feed: Feed, cache: Any) -> Tensor:
     """Logits [batch, tokens, vocabulary] of the same tokens through ``cache``, ``feed.steps[i]`` tokens in call i."""
     given = _own_states(inputs)
-    if feed.positions == "from-cache" and not tiny.needs_positions:
-        given.pop(_positions(tiny), None)
     argument = cache_argument(tiny.model)
     if argument is None:
         raise TypeError(f"{type(tiny.model).__name__}.forward takes no cache")
@@ -78,6 +76,17 @@ def with_positions(tiny: TinyModel, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs
     mask = inputs.get(tiny.mask_name, torch.ones_like(inputs[tiny.token_name]))
     return {**inputs, name: (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)}
+
+
+def inputs_for(tiny: TinyModel, feed: Feed) -> dict[str, Any]:
+    """The one row of tokens, with position ids unless ``feed`` leaves them to the model.
+
+    Each has a whole forward of its own to agree with: RoBERTa counts from the padding id on when it counts itself.
+    """
+    inputs = tiny.inputs(N_TOKENS)
+    if feed.positions == "from-cache" and not tiny.needs_positions:
+        return inputs
+    return with_positions(tiny, inputs)
 
 
 def padded(tiny: TinyModel, rows: dict[str, Any]) -> dict[str, Any]:

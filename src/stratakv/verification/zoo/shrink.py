@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from stratakv.verify.zoo.architectures import declared_defaults
-from stratakv.verify.zoo.sizes import HEADS, HIDDEN, TOWER_LAYERS, VOCABULARY, Scale, tiny_integer
+from stratakv.verification.zoo.architectures import declared_defaults
+from stratakv.verification.zoo.sizes import HEADS, HIDDEN, TOWER_LAYERS, VOCABULARY, Scale, tiny_integer
 
 # No tiny model is deeper; enough for one period of every hybrid of transformers 5.24.
 MOST_LAYERS = 10

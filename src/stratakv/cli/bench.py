@@ -1,0 +1,73 @@
+"""`stratakv bench ...`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from stratakv.cli import options
+from stratakv.errors import ConfigurationError
+
+DEFAULT_LENGTHS = "128,256,512,1024,2048,4096"
+MIN_LENGTHS = 4  # the fit has three parameters
+
+
+def scaling(
+    *,
+    model: options.Model = "smollm2",
+    lengths: Annotated[str, typer.Option(help="Tokens in the cache, with commas between.")] = DEFAULT_LENGTHS,
+    layout: Annotated[str, typer.Option(help=f"Time this layout: {', '.join(options.LAYOUTS)}, or all.")] = "paged",
+    format: options.Format = None,
+    block_tokens: options.BlockTokens = 64,
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Most rounds on each of two visits to a length.")] = 3,
+    dtype: options.Dtype = "fp32",
+    as_json: options.Json = False,
+) -> None:
+    """Measure how the cost of one token grows with length, with the cache and without.
+
+    Also counts the bytes that each layout copies while it grows.
+    """
+    chosen = parse_lengths(lengths)
+    options.check_choice("--format", format, options.FORMATS)
+    options.check_choice("--layout", layout, (*options.LAYOUTS, "all"))
+    options.check_choice("--dtype", dtype, options.DTYPES)
+
+    from stratakv.bench.report import scaling_tables
+    from stratakv.bench.scaling import ScalingOptions, check_lengths, run_scaling, topics_token_ids
+    from stratakv.models import load, terminal_progress
+
+    with terminal_progress() as progress:
+        loaded = load(model, dtype=options.torch_dtype(dtype), progress=progress)
+        check_lengths(loaded.model, chosen)
+        token_ids = topics_token_ids(loaded.tokenizer, chosen[-1] + 1)
+        settings = ScalingOptions(
+            chosen, options.LAYOUTS if layout == "all" else (layout,), format, block_tokens, repeats
+        )
+        report = run_scaling(loaded.model, token_ids, settings, name=loaded.name, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for part in scaling_tables(report):
+        console.print(part)
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """The lengths in `text`, sorted, each once.
+
+    Raises:
+        ConfigurationError: it holds something else than numbers of tokens, or too few for a fit.
+    """
+    try:
+        lengths = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise ConfigurationError(f"--lengths takes numbers with commas between, got {text!r}") from None
+    if lengths[0] < 1:
+        raise ConfigurationError(f"--lengths must be at least 1, got {lengths[0]}")
+    if len(lengths) < MIN_LENGTHS:
+        raise ConfigurationError(f"--lengths needs at least {MIN_LENGTHS} different lengths for the fit, got {text!r}")
+    return lengths

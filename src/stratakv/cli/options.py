@@ -1,0 +1,65 @@
+"""Options that several commands share, and their checks. No torch here: a wrong argument is answered at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stratakv.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import torch
+
+# Named here so that an error does not wait for torch to be imported; a test compares them with the library's own.
+FORMATS = ("fp32", "bf16", "fp16")
+LAYOUTS = ("paged", "contiguous", "growing")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+Model = Annotated[str, typer.Option(help="A known model (smollm2, gemma3-270m), a folder, or a .gguf file.")]
+Format = Annotated[
+    str | None,
+    typer.Option(help=f"How keys and values are stored: {', '.join(FORMATS)}.", show_default="as the model computes"),
+]
+Layout = Annotated[str, typer.Option(help=f"How the cache grows: {', '.join(LAYOUTS)}.")]
+BlockTokens = Annotated[int, typer.Option(min=1, help="Tokens in a block, for the paged layout.")]
+Dtype = Annotated[str, typer.Option(help=f"What the model computes in: {', '.join(DTYPES)}.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens to generate.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="greedy")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this total probability.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def check_choice(option: str, value: str | None, accepted: Iterable[str]) -> None:
+    """Raise ConfigurationError where `value` is given and not among `accepted`."""
+    if value is not None and value not in accepted:
+        raise ConfigurationError(f"{option} {value!r} is not one of {', '.join(accepted)}")
+
+
+def check_sampling(temperature: float | None, top_p: float | None) -> tuple[float, float]:
+    """The temperature (0 for greedy) and the top-p (1 for all tokens) that the two options mean together.
+
+    Raises:
+        ConfigurationError: one is out of range, or they contradict each other.
+    """
+    if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
+        raise ConfigurationError(f"--temperature must be a number of at least 0, got {temperature}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigurationError(f"--top-p must be above 0 and at most 1, got {top_p}")
+    if top_p is not None and temperature == 0:
+        raise ConfigurationError("--top-p samples and --temperature 0 is greedy; give one of the two")
+    if temperature is None:
+        temperature = 0.0 if top_p is None else 1.0
+    return temperature, 1.0 if top_p is None else top_p
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype called `name`, which `check_choice` has seen."""
+    import torch
+
+    dtype = getattr(torch, DTYPES[name])
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,0 +1,151 @@
+"""Ways of feeding the same tokens through a cache. Every one must give what the whole sequence at once gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword
+from stratakv.integrations.transformers.layers import KVLayer
+
+
+class Feeder:
+    """Feeds pieces of one token sequence through a cache, and keeps what came out for each position.
+
+    Args:
+        model: in eval mode.
+        cache: an empty `KVCache`.
+        token_ids: `[batch, n_tokens]`.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: Any, token_ids: Tensor) -> None:
+        self.model = model
+        self.cache = cache
+        self.token_ids = token_ids
+        n_tokens = token_ids.shape[1]
+        self.logits: list[Tensor | None] = [None] * n_tokens
+        self.layers: list[Tensor | None] = [None] * n_tokens  # [n_layers + 1, batch, hidden] of each token
+        self.rows: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def feed(self, start: int, stop: int) -> None:
+        """Feed the tokens `[start, stop)`, which must be the next ones."""
+        out = self._forward(self.token_ids[:, start:stop])
+        hidden = out.hidden_states
+        for i in range(start, stop):
+            self.logits[i] = out.logits[:, i - start].float()
+            if hidden is not None:
+                self.layers[i] = torch.stack([h[:, i - start].float() for h in hidden if h.shape[1] == stop - start])
+        self._keep_rows(start, stop)
+
+    def feed_wrong(self, n_tokens: int) -> None:
+        """Feed tokens that do not belong to the sequence, to be taken back afterwards."""
+        wrong = self.token_ids[:, :n_tokens].flip(1) + 1
+        self._forward(wrong % self.model.get_input_embeddings().weight.shape[0])
+
+    def _forward(self, ids: Tensor) -> Any:
+        keyword = cache_keyword(self.model)
+        return self.model(input_ids=ids, **{keyword: self.cache}, use_cache=True, output_hidden_states=True)
+
+    def _keep_rows(self, start: int, stop: int) -> None:
+        """Read back what was stored for these tokens, as the step's attention read it."""
+        for layer in self.cache.layers:
+            if not isinstance(layer, KVLayer):
+                continue
+            view = self.cache.batch.view(layer.index)
+            dtype = self.cache.dtypes[layer.index]
+            n_new = stop - start
+            shape = (view.n_sequences, view.n_kv_heads, self.token_ids.shape[1])
+            kept = self.rows.setdefault(
+                layer.index,
+                (torch.zeros((*shape, view.k_dim), dtype=dtype), torch.zeros((*shape, view.v_dim), dtype=dtype)),
+            )
+            for part in view.parts:
+                for target, rows in zip(kept, part.read(dtype), strict=True):
+                    target[:, list(part.heads), start:stop] = rows[:, :, rows.shape[2] - n_new :]
+
+
+Cut = Callable[[Feeder], None]
+
+
+def chunks(size: int) -> Cut:
+    """Pieces of `size` tokens."""
+
+    def cut(feeder: Feeder) -> None:
+        n = feeder.token_ids.shape[1]
+        for start in range(0, n, size):
+            feeder.feed(start, min(start + size, n))
+
+    return cut
+
+
+def prompt_then_decode(feeder: Feeder) -> None:
+    """The first three quarters at once, then a token at a time."""
+    n = feeder.token_ids.shape[1]
+    prompt = max(n * 3 // 4, 1)
+    feeder.feed(0, prompt)
+    for i in range(prompt, n):
+        feeder.feed(i, i + 1)
+
+
+def fork_in_the_middle(feeder: Feeder) -> None:
+    """Half; then a fork goes on with the tokens while the original is fed others, before and in between."""
+    n = feeder.token_ids.shape[1]
+    half = max(n // 2, 1)
+    feeder.feed(0, half)
+    original, fork = feeder.cache, feeder.cache.fork()
+    feeder.feed_wrong(3)
+    feeder.cache = fork
+    middle = max(half, min(half + 5, n))
+    if middle > half:
+        feeder.feed(half, middle)
+    feeder.cache = original
+    feeder.feed_wrong(2)
+    feeder.cache = fork
+    if n > middle:
+        feeder.feed(middle, n)
+
+
+def truncate_and_refeed(feeder: Feeder) -> None:
+    """Twice on the way, wrong tokens are fed and taken back with `crop`."""
+    n = feeder.token_ids.shape[1]
+    stops = sorted({max(n // 3, 1), max(2 * n // 3, 1), n})
+    start = 0
+    for stop in stops:
+        feeder.feed(start, stop)
+        feeder.cache.activate_past_recording()
+        feeder.feed_wrong(5)
+        feeder.cache.crop(-5)
+        start = stop
+
+
+def roll_back(feeder: Feeder) -> None:
+    """Twice on the way, wrong tokens are fed and a checkpoint is returned to."""
+    n = feeder.token_ids.shape[1]
+    start = 0
+    for stop in sorted({max(n // 3, 1), max(2 * n // 3, 1), n}):
+        feeder.feed(start, stop)
+        mark = feeder.cache.checkpoint()
+        feeder.feed_wrong(5)
+        feeder.cache.rollback(mark)
+        mark.release()
+        start = stop
+
+
+CUTS: dict[str, Cut] = {
+    "one-by-one": chunks(1),
+    "chunks-of-7": chunks(7),
+    "chunks-of-64": chunks(64),
+    "prompt-then-decode": prompt_then_decode,
+    "fork-in-the-middle": fork_in_the_middle,
+    "truncate-and-refeed": truncate_and_refeed,
+    "roll-back": roll_back,
+}
+
+
+def stacked(pieces: Sequence[Tensor | None]) -> Tensor | None:
+    """The pieces side by side `[n_tokens, ...]`, or None where one is missing."""
+    present = [piece for piece in pieces if piece is not None]
+    return torch.stack(present) if len(present) == len(pieces) else None

@@ -1,0 +1,42 @@
+"""How the tests run the command, in this process or as an installed command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from stratakv.cli.app import build_app
+
+FIELDS = {
+    "text", "prompt_tokens", "generated_tokens", "seconds", "tokens_per_second", "kv_bytes", "seen_tokens",
+    "stored_tokens", "waste", "format", "layout", "model", "stop_reason",
+}  # fmt: skip
+
+
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models tests' own cache: whoever comes first converts the model, for the whole session."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2-cache"
+
+
+def run(*args: str, stdin: str | None = None) -> Any:
+    """Run in this process."""
+    return CliRunner().invoke(build_app(), args, input=stdin)
+
+
+def start(*args: str, stdin: int | None = subprocess.DEVNULL) -> subprocess.Popen[str]:
+    """Start the installed command."""
+    command = str(Path(sys.executable).with_name("stratakv"))
+    return subprocess.Popen(
+        [command, *args], stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+
+
+def is_one_sentence(stderr: str) -> bool:
+    return stderr.startswith("stratakv: ") and stderr.endswith("\n") and stderr.count("\n") == 1 and len(stderr) > 15

@@ -1,0 +1,313 @@
+"""Faults 41 to 44: growth, forks, bytes that are really given back, and updates that happen whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from stratakv.blocks.batch import SequenceBatch
+from stratakv.blocks.geometry import build_spec
+from stratakv.blocks.memory import Memory
+from stratakv.errors import CapacityError
+from stratakv.plan import KeepPlan
+from stratakv.policies import Window
+from stratakv.spec import LayerSpec
+from stratakv.testing.running import (
+    assert_logits_equal,
+    cache_argument,
+    fed_logits,
+    random_ids,
+    uncached_logits,
+)
+from stratakv.testing.tiny import tiny_gemma3, tiny_llama
+from stratakv.testing.ways import LAYOUTS, WAYS, model_for, small_cache
+
+every_way = pytest.mark.parametrize("way", WAYS)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+# 41. Growth
+
+
+def grown(layout: str, n_tokens: int, chunk: int) -> tuple[Memory, list[int]]:
+    """Memory after two sequences grew to `n_tokens`, and the bytes held after each step."""
+    layers = [LayerSpec(i, 2, 8, 8) for i in range(2)]
+    capacity = n_tokens if layout == "contiguous" else None
+    spec = build_spec(layers, k_format="fp32", v_format="fp32", layout=layout, block_tokens=16, capacity=capacity)
+    memory = Memory(spec, device=torch.device("cpu"))
+    batch = SequenceBatch(memory)
+    held = []
+    rows = torch.arange(n_tokens, dtype=torch.float32)[None, None, :, None].expand(2, 2, n_tokens, 8)
+    for start in range(0, n_tokens, chunk):
+        batch.begin(2, chunk)
+        for layer in range(2):
+            batch.write(layer, rows[:, :, start : start + chunk], -rows[:, :, start : start + chunk])
+        held.append(memory.nbytes)
+    keys, values = batch.view(1).gather(torch.float32)
+    assert torch.equal(keys, rows)
+    assert torch.equal(values, -rows)
+    memory.check()
+    return memory, held
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 4096])
+def test_growing_copies_each_byte_a_bounded_number_of_times(chunk: int) -> None:
+    memory, held = grown("growing", 4096, chunk)
+    needed = memory.spec.bytes_per_token() * 4096 * 2
+    assert memory.check().bytes_copied_by_growth <= needed
+    assert held[-1] < 2 * needed + 4096
+    assert len(set(held)) <= 8  # doublings, not a growth with each token
+
+
+def test_growing_does_copy_so_the_count_is_a_count() -> None:
+    memory, _ = grown("growing", 4096, 64)
+    assert memory.check().bytes_copied_by_growth >= memory.spec.bytes_per_token() * 2048
+
+
+@pytest.mark.parametrize("layout", ["paged", "contiguous"])
+@pytest.mark.parametrize("chunk", [1, 64])
+def test_pages_and_preallocated_rows_are_never_copied(layout: str, chunk: int) -> None:
+    memory, held = grown(layout, 4096, chunk)
+    needed = memory.spec.bytes_per_token() * 4096 * 2
+    assert memory.check().bytes_copied_by_growth == 0
+    assert held == sorted(held)
+    assert held[-1] <= 1.25 * needed
+
+
+def test_paged_memory_follows_what_is_stored_closely() -> None:
+    memory, held = grown("paged", 4096, 64)
+    for step, n_bytes in enumerate(held, start=1):
+        assert n_bytes <= 1.25 * step * 64 * 2 * memory.spec.bytes_per_token()
+
+
+# 42. One context, several continuations
+
+
+@every_way
+@every_layout
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3])
+@pytest.mark.parametrize("how", ["fork", "deepcopy"])
+def test_a_stored_prefix_is_not_changed_by_what_was_forked_from_it(make: Any, layout: str, way: str, how: str) -> None:
+    model, plain = model_for(way, make), model_for("gathered", make)
+    prefix = random_ids(1, 10, seed=40)
+    stored = small_cache(model, layout)
+    fed_logits(model, stored, prefix)
+    twins = [stored.fork() if how == "fork" else copy.deepcopy(stored) for _ in range(2)]
+    kept = [(layer.keys.clone(), layer.values.clone()) for layer in stored.layers]
+    twins.append(twins[1].fork())
+    questions = [random_ids(1, 5, seed=41 + i) for i in range(3)]
+    pieces: list[list[Any]] = [[], [], []]
+    for t in range(5):  # in turns, so that one writes while the others are in the middle
+        for twin, question, piece in zip(twins, questions, pieces, strict=True):
+            piece.append(fed_logits(model, twin, question[:, t : t + 1]))
+            stored.check()
+    for question, piece in zip(questions, pieces, strict=True):
+        expected = uncached_logits(plain, torch.cat([prefix, question], 1))[:, 10:]
+        assert_logits_equal(torch.cat(piece, 1), expected)
+    assert stored.seen_tokens == stored.get_seq_length() == 10
+    for layer, (keys, values) in zip(stored.layers, kept, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+    expected = uncached_logits(plain, torch.cat([prefix, questions[0]], 1))[:, 10:]
+    assert_logits_equal(fed_logits(model, stored, questions[0]), expected)
+
+
+@every_way
+@every_layout
+def test_a_checkpoint_is_come_back_to_as_often_as_wanted(layout: str, way: str) -> None:
+    model, plain = model_for(way, tiny_gemma3), model_for("gathered", tiny_gemma3)
+    prefix = random_ids(2, 10, seed=45)
+    cache = small_cache(model, layout)
+    fed_logits(model, cache, prefix)
+    mark = cache.checkpoint()
+    for n in range(3):
+        question = random_ids(2, 6, seed=46 + n)
+        expected = uncached_logits(plain, torch.cat([prefix, question], 1))[:, 10:]
+        assert_logits_equal(fed_logits(model, cache, question, [4, 1, 1]), expected)
+        cache.rollback(mark)
+        cache.check()
+        assert cache.seen_tokens == mark.seen_tokens == 10
+    cached = cache.check().blocks
+    mark.release()
+    assert cache.check().blocks.cached == 0
+    assert cached.held == cache.check().blocks.held  # what the checkpoint shared with the cache stays
+
+
+def test_a_fork_costs_one_block_a_sequence_when_written() -> None:
+    model = model_for("gathered", tiny_llama)
+    cache = small_cache(model)
+    fed_logits(model, cache, random_ids(1, 41, seed=50))
+    before = cache.check().blocks
+    twin = cache.fork()
+    assert cache.check().blocks.held == before.held
+    fed_logits(model, twin, random_ids(1, 1, seed=51))
+    assert cache.check().blocks.held == before.held + 1
+
+
+# 43. Dropping rows gives bytes back
+
+
+@pytest.mark.parametrize("policy", [Window(8), Window((4, 16)), Window(8, sinks=4)])
+def test_streaming_under_a_window_holds_few_bytes(policy: Window) -> None:
+    model = model_for("attached", tiny_llama)
+    whole, limited = small_cache(model), small_cache(model, policy=policy)
+    for cache in (whole, limited):
+        fed_logits(model, cache, random_ids(1, 256, seed=52), [16] + [4] * 60)
+    assert limited.nbytes < whole.nbytes / 4
+    assert limited.check().used_bytes < whole.check().used_bytes / 4
+
+
+@pytest.mark.parametrize("policy", [Window(8), Window((4, 16)), Window(8, sinks=4)])
+def test_bytes_go_down_after_a_long_prompt_left_the_window(policy: Window) -> None:
+    model = model_for("attached", tiny_llama)
+    cache = small_cache(model, policy=policy)
+    fed_logits(model, cache, random_ids(1, 256, seed=53))
+    after_prompt = cache.nbytes
+    fed_logits(model, cache, random_ids(1, 16, seed=54), [1] * 16)
+    assert cache.check().used_bytes < after_prompt / 4
+    assert cache.nbytes < after_prompt / 2
+
+
+@pytest.mark.parametrize("runs", [((0, 8),), ((0, 4), (96, 4)), ((3, 2), (50, 1), (97, 3))])
+def test_bytes_go_down_with_a_compaction(runs: tuple[tuple[int, int], ...]) -> None:
+    model = model_for("attached", tiny_llama)
+    cache = small_cache(model)
+    fed_logits(model, cache, random_ids(2, 100, seed=55), [10] * 10)
+    before = cache.nbytes
+    cache.compact(KeepPlan(runs, floor=100))
+    assert cache.check().used_bytes <= before / 5
+    assert cache.nbytes < before / 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_go_down_with_a_truncation_and_a_reset(layout: str) -> None:
+    model = model_for("gathered", tiny_llama)
+    cache = small_cache(model, layout, **({"capacity": 100} if layout == "contiguous" else {}))
+    fed_logits(model, cache, random_ids(1, 100, seed=56), [10] * 10)
+    before = cache.nbytes
+    cache.truncate(10)
+    if layout == "paged":
+        assert cache.nbytes < before / 2
+    cache.reset()
+    assert cache.nbytes == 0
+
+
+# 44. An update is whole or did not happen
+
+
+def overflowing(model: Any, limit: str) -> Any:
+    """A cache in which 16 tokens of 2 sequences fit, and 24 do not."""
+    if limit == "capacity":
+        return small_cache(model, "contiguous", capacity=16)
+    layout = "growing" if limit == "growing budget" else "paged"
+    probe = small_cache(model, layout)
+    fed_logits(model, probe, random_ids(2, 16))
+    return small_cache(model, layout, memory=probe.nbytes if layout == "paged" else 2 * probe.nbytes)
+
+
+@every_way
+@pytest.mark.parametrize("limit", ["capacity", "budget"])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3])
+def test_a_forward_that_does_not_fit_changes_nothing(make: Any, way: str, limit: str) -> None:
+    model, plain = model_for(way, make), model_for("gathered", make)
+    ids = random_ids(2, 40, seed=60)
+    cache = overflowing(model, limit)
+    fed_logits(model, cache, ids[:, :13], [10, 3])
+    # Rows outside all windows may go in a refused forward: what that costs is the matter of a test of its own, below.
+    blocks = cache.check().blocks if make is tiny_llama else None
+    before = (cache.seen_tokens, cache.stored_tokens, cache.nbytes, cache.get_seq_length())
+    rows = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    for _ in range(3):
+        with pytest.raises(CapacityError, match="nothing was changed"):
+            fed_logits(model, cache, ids[:, 13:])
+        assert (cache.seen_tokens, cache.stored_tokens, cache.nbytes, cache.get_seq_length()) == before
+        assert blocks in (None, cache.check().blocks)
+    for layer, (keys, values) in zip(cache.layers, rows, strict=True):
+        n_rows = 13 if layer.window is None else layer.window - 1
+        assert torch.equal(layer.keys, keys[:, :, -n_rows:])
+        assert torch.equal(layer.values, values[:, :, -n_rows:])
+    expected = uncached_logits(plain, ids[:, :16])[:, 13:]
+    assert_logits_equal(fed_logits(model, cache, ids[:, 13:16], [1, 2]), expected)
+
+
+@every_way
+@pytest.mark.parametrize("limit", ["capacity", "budget"])
+def test_generate_that_runs_full_leaves_a_cache_that_goes_on(way: str, limit: str) -> None:
+    model, plain = model_for(way, tiny_llama), model_for("gathered", tiny_llama)
+    ids = random_ids(2, 10, seed=61)
+    cache = overflowing(model, limit)
+    mask = torch.ones_like(ids)
+    with pytest.raises(CapacityError):
+        model.generate(ids, attention_mask=mask, **cache_argument(model, cache), max_new_tokens=30)
+    cache.check()
+    assert cache.seen_tokens == 16
+    cache.truncate(10)
+    more = random_ids(2, 5, seed=62)
+    expected = uncached_logits(plain, torch.cat([ids, more], 1))[:, 10:]
+    assert_logits_equal(fed_logits(model, cache, more), expected)
+
+
+@pytest.mark.parametrize("limit", ["capacity", "budget", "growing budget"])
+def test_a_first_forward_that_does_not_fit_leaves_an_empty_cache(limit: str) -> None:
+    model = model_for("gathered", tiny_llama)
+    cache = overflowing(model, limit)
+    with pytest.raises(CapacityError):
+        fed_logits(model, cache, random_ids(2, 400, seed=63))
+    assert (cache.seen_tokens, cache.batch_size, cache.nbytes) == (0, -1, 0)
+    ids = random_ids(1, 16, seed=64)  # another batch size, since none was taken on
+    assert_logits_equal(fed_logits(model, cache, ids), uncached_logits(model, ids))
+
+
+def test_a_growing_cache_that_may_not_double_goes_on_as_it_was() -> None:
+    model = model_for("gathered", tiny_llama)
+    cache = overflowing(model, "growing budget")
+    ids = random_ids(2, 400, seed=65)
+    fed_logits(model, cache, ids[:, :50])
+    before = (cache.nbytes, cache.spec)
+    with pytest.raises(CapacityError):
+        fed_logits(model, cache, ids[:, 50:])
+    assert (cache.nbytes, cache.spec, cache.seen_tokens) == (*before, 50)
+    assert_logits_equal(fed_logits(model, cache, ids[:, 50:60]), uncached_logits(model, ids[:, :60])[:, 50:])
+
+
+def test_a_refused_forward_takes_no_way_back_away() -> None:
+    model = model_for("attached", tiny_llama)
+    ids = random_ids(1, 60, seed=66)
+    probe = small_cache(model, policy=Window(8))
+    fed_logits(model, probe, ids[:, :24])
+    cache = small_cache(model, policy=Window(8), memory=probe.nbytes)
+    fed_logits(model, cache, ids[:, :20])
+    with pytest.raises(CapacityError):
+        fed_logits(model, cache, ids[:, 20:])
+    cache.truncate(12)  # exact before the refused forward, so exact after it
+    assert cache.seen_tokens == 12
+
+
+def test_a_refused_forward_leaves_what_the_cache_knows_of_its_tokens() -> None:
+    model = model_for("gathered", tiny_llama)
+    cache = overflowing(model, "budget")
+    ids = random_ids(1, 40, seed=67)
+    fed_logits(model, cache, ids[:, :10])
+    cache.token_ids = (tuple(ids[0, :10].tolist()),)
+    with pytest.raises(CapacityError):
+        fed_logits(model, cache, ids)
+    assert cache.match_prefix(ids[:, :8]) == 7
+
+
+def test_a_compaction_that_does_not_fit_changes_nothing() -> None:
+    model, plain = model_for("attached", tiny_llama), model_for("gathered", tiny_llama)
+    ids = random_ids(1, 14, seed=68)
+    probe = small_cache(model)
+    fed_logits(model, probe, ids[:, :12])
+    cache = small_cache(model, memory=probe.nbytes * 4 // 3)  # three blocks, and room for one more
+    fed_logits(model, cache, ids[:, :12])
+    cache.batch_repeat_interleave(2)  # both share their blocks, so packing one frees nothing for the other
+    with pytest.raises(CapacityError):
+        cache.compact(KeepPlan(((0, 4), (5, 3), (9, 1)), floor=12))
+    cache.check()
+    assert {sequence.stored_tokens for sequence in cache.batch.sequences} == {12}
+    cache.batch_select_indices(torch.tensor([0]))
+    expected = uncached_logits(plain, ids)[:, 12:]
+    assert_logits_equal(fed_logits(model, cache, ids[:, 12:]), expected)
