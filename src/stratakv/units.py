@@ -26,6 +26,12 @@ def format_bytes(n_bytes: float) -> str:
     """`n_bytes` with a binary unit, three digits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(n_bytes) < 1024 or unit == "GiB":
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.3g} {unit}" if n_bytes < 1000 else f"{n_bytes:.0f} {unit}"
+            return (
+                f"{n_bytes:.0f} {unit}"
+                if unit == "B"
+                else f"{n_bytes:.3g} {unit}"
+                if n_bytes < 1000
+                else f"{n_bytes:.0f} {unit}"
+            )
         n_bytes /= 1024
     raise AssertionError

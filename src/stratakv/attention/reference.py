@@ -22,6 +22,7 @@ class ReferenceBackend(AttentionBackend):
     def supports(self, view: KVView, options: AttentionOptions) -> str | None:
         """Everything."""
         del view, options
+        return None
 
     def run(self, query: Tensor, view: KVView, options: AttentionOptions) -> tuple[Tensor, Tensor]:
         """Attend part by part: the heads of a part hold the same rows."""

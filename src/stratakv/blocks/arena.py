@@ -194,7 +194,9 @@ class Arena:
         """Put back what `dump` gave, into blocks that already have memory."""
         for m, spec in enumerate(self.spec.members):
             if dumped[m].shape != (len(block_ids), spec.nbytes):
-                raise InvariantError(f"{tuple(dumped[m].shape)} bytes do not fill {len(block_ids)} blocks of {spec.nbytes}")
+                raise InvariantError(
+                    f"{tuple(dumped[m].shape)} bytes do not fill {len(block_ids)} blocks of {spec.nbytes}"
+                )
             for part in self.segments(0, block_ids):
                 target = self.slabs[part.slab].members[m]
                 target[part.first : part.first + part.count] = dumped[m][part.at : part.at + part.count]
@@ -213,7 +215,7 @@ class Arena:
     def _in_place(
         self, plan: ReadPlan, member: int, pages_of: _Pages, codec: Codec, is_key: bool, dtype: torch.dtype
     ) -> Tensor | None:
-        """The rows as a view of the pages: possible where each sequence is one block and the blocks lie side by side."""
+        """The rows as a view of the pages, where each sequence is one block and the blocks lie side by side."""
         first = plan.segments[0] if plan.segments else None
         if first is None or plan.n_blocks != 1:
             return None
@@ -227,13 +229,15 @@ class Arena:
 def _k_pages(member_bytes: Tensor, member: Member) -> Tensor:
     """uint8 `[n_blocks, n_heads, k page bytes]` of a member's bytes."""
     n_heads = len(member.heads)
-    return member_bytes[:, : n_heads * member.k_layout.nbytes].unflatten(1, (n_heads, member.k_layout.nbytes))
+    pages: Tensor = member_bytes[:, : n_heads * member.k_layout.nbytes].unflatten(1, (n_heads, member.k_layout.nbytes))
+    return pages
 
 
 def _v_pages(member_bytes: Tensor, member: Member) -> Tensor:
     """uint8 `[n_blocks, n_heads, v page bytes]` of a member's bytes."""
     n_heads = len(member.heads)
-    return member_bytes[:, n_heads * member.k_layout.nbytes :].unflatten(1, (n_heads, member.v_layout.nbytes))
+    pages: Tensor = member_bytes[:, n_heads * member.k_layout.nbytes :].unflatten(1, (n_heads, member.v_layout.nbytes))
+    return pages
 
 
 def _copy_rows(codec: Codec, layout: PageLayout, pages: Tensor, new_layout: PageLayout, new_pages: Tensor) -> None:

@@ -81,7 +81,8 @@ class SequenceBatch:
 
         Raises:
             StateError: the last step is incomplete, or the cache holds another number of sequences.
-            CapacityError: there is no room. In either case nothing was changed.
+            CapacityError: there is no room. In either case nothing was changed, except that rows which no coming
+                query sees may have been freed to make room.
         """
         if self._step is not None:
             missing = sorted(self.memory.spec.layers_by_index.keys() - self._step.written)
@@ -158,13 +159,12 @@ class SequenceBatch:
             parts.append(KVPart(group.members[m].heads, self.memory.arenas[g], m, plan, retention))
         shape = spec.layers_by_index[layer]
         seen = self.layer_length(layer) - n_new
-        return KVView(
-            layer, len(self.sequences), shape.n_kv_heads, shape.k_dim, shape.v_dim, seen, n_new, tuple(parts)
-        )
+        return KVView(layer, len(self.sequences), shape.n_kv_heads, shape.k_dim, shape.v_dim, seen, n_new, tuple(parts))
 
     def evict(self) -> None:
         """Free the blocks that no coming query sees."""
         self._complete = None
+        changes = []
         for g, group in enumerate(self.memory.spec.groups):
             policy = self.policy if group.imposed else _OWN_WINDOW
             if policy is None or group.retention.window is None:
@@ -173,8 +173,8 @@ class SequenceBatch:
                 runs = sequence.tables[g].runs
                 plan = policy.keep(group.retention, self.seen_tokens, runs, group.block_tokens)
                 if plan is not None:
-                    self.memory.compact(sequence, g, plan)
-        self.memory.settle()
+                    changes.append((sequence, g, plan))
+        self.memory.compact(changes)
 
     def compact(self, plan: KeepPlan) -> None:
         """Keep only the rows of `plan` in every group that has no window of the model's own, in every sequence.
@@ -189,9 +189,7 @@ class SequenceBatch:
                 runs = sequence.tables[g].runs
                 if run_length(plan.runs) != sum(run_length(clip_runs(runs, s, s + n)) for s, n in plan.runs):
                     raise ConfigurationError(f"positions to keep {plan.runs} are not all among those stored, {runs}")
-        for sequence in self.sequences:
-            for g in groups:
-                self.memory.compact(sequence, g, plan)
+        self.memory.compact([(sequence, g, plan) for sequence in self.sequences for g in groups])
 
     def truncate(self, n_tokens: int) -> None:
         """Keep the first `n_tokens` tokens. An incomplete step is undone first.
@@ -221,6 +219,9 @@ class SequenceBatch:
         self._between_steps()
         if any(not -len(self.sequences) <= i < len(self.sequences) for i in indices):
             raise ConfigurationError(f"there are {len(self.sequences)} sequences, got indices {list(indices)}")
+        if not indices:
+            self.reset()  # without sequences there is nothing that the tokens seen could belong to
+            return
         old = self.sequences
         used: set[int] = set()
         self.sequences = []
@@ -329,5 +330,3 @@ def _without_first(runs: tuple[tuple[int, int], ...], skip: int) -> tuple[tuple[
         if count > drop:
             left.append((first + drop, count - drop))
     return tuple(left)
-
-

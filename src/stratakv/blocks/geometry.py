@@ -38,7 +38,7 @@ def build_spec(
         raise ConfigurationError(f"block_tokens must be at least 1, got {block_tokens}")
     if (capacity is None) == (layout == "contiguous") or (capacity is not None and capacity < 1):
         raise ConfigurationError(
-            f"layout 'contiguous' takes a capacity of at least 1 token, the others take none; got {layout!r}, {capacity}"
+            f"layout 'contiguous' takes a capacity of at least 1 token, the others none; got {layout!r}, {capacity}"
         )
     if policy is not None and layout != "paged":
         raise ConfigurationError(f"a policy frees pages, so it needs layout 'paged', not {layout!r}")

@@ -20,12 +20,15 @@ from stratakv.plan import KeepPlan
 from stratakv.spec import CacheSpec, LayerSpec
 
 SLAB_BYTES = 64 << 20
-"""Beyond what is needed now, a slab adds an eighth of what exists, but not more than this."""
+"""Growth adds an eighth of what exists, beyond what is needed now, up to this."""
+
+SLAB_BLOCKS = 16
+"""A slab has up to this many blocks, or an eighth of `SLAB_BYTES` where more fit into that."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUsage:
-    """Bytes and blocks, summed over groups. `used_bytes` are rows that hold a token of a live sequence or checkpoint."""
+    """Bytes and blocks over all groups. `used_bytes` are rows that hold a token of a live sequence or checkpoint."""
 
     held_bytes: int
     used_bytes: int
@@ -100,7 +103,7 @@ class Memory:
             CapacityError: over the capacity or over `max_bytes`.
         """
         self.settle_orphans()
-        self._fit_rows(max((s.stored_tokens for s in sequences), default=0) + n_tokens)
+        self._fit_rows(sequences, n_tokens)
         groups = range(len(self.arenas))
         growths = [[sequence.growth(g, n_tokens) for sequence in sequences] for g in groups]
         # Two of the sequences may share a last block. Each counts one block for its copy although the last of them
@@ -114,22 +117,28 @@ class Memory:
                     self.arenas[g].copy([(growth.replaces, blocks[0])])
                 sequence.append(g, n_tokens, growth, blocks)
 
-    def compact(self, sequence: Sequence, group: int, plan: KeepPlan) -> None:
-        """Keep only the rows of `plan` in one group of one sequence, and free the blocks that are left over.
+    def compact(self, changes: Seq[tuple[Sequence, int, KeepPlan]]) -> None:
+        """Keep only the rows of each plan in one group of one sequence, and free the blocks that are left over.
 
         Raises:
-            ConfigurationError: the plan names positions that are not stored.
-            CapacityError: rows have to move and no block is left to move them into. Nothing was changed.
+            ConfigurationError: a plan names positions that are not stored.
+            CapacityError: rows have to move and no blocks are left to move them into. Nothing was changed.
         """
-        table, arena = sequence.tables[group], self.arenas[group]
-        change = plan_compaction(table.block_ids, table.runs, arena.spec.block_tokens, plan)
-        new_blocks: list[int] = []
-        if change.n_new:
-            self._reserve([change.n_new if g == group else 0 for g in range(len(self.arenas))])
-            new_blocks = self.ledger.pools[group].alloc(change.n_new)
-            arena.move_rows(change.rows, table.block_ids, new_blocks)
-        freed = sequence.compact(group, plan, change, new_blocks)
-        self._freed([freed if g == group else [] for g in range(len(self.arenas))])
+        planned = []
+        wanted = [0] * len(self.arenas)
+        for sequence, g, plan in changes:
+            table = sequence.tables[g]
+            change = plan_compaction(table.block_ids, table.runs, self.arenas[g].spec.block_tokens, plan)
+            wanted[g] += change.n_new
+            planned.append((sequence, g, plan, change))
+        self._reserve(wanted)
+        for sequence, g, plan, change in planned:
+            new_blocks = self.ledger.pools[g].alloc(change.n_new)
+            if new_blocks:
+                self.arenas[g].move_rows(change.rows, sequence.tables[g].block_ids, new_blocks)
+            freed = sequence.compact(g, plan, change, new_blocks)
+            self._freed([freed if each == g else [] for each in range(len(self.arenas))])
+        self.settle()
 
     def respec_layer(self, layer: LayerSpec) -> None:
         """Take on other heads or head dims for a layer of which nothing is stored yet.
@@ -164,8 +173,9 @@ class Memory:
             self._freed([p.release(t.block_ids) for p, t in zip(self.ledger.pools, tables, strict=True)])
 
     def settle(self) -> None:
-        """Release what was garbage collected and give whole free slabs back."""
+        """Release what was garbage collected, and give back the slabs that are not needed."""
         self.settle_orphans()
+        self._consolidate()
         self._shrink()
 
     def check(self) -> MemoryUsage:
@@ -200,9 +210,10 @@ class Memory:
         weakref.finalize(sequence, self._orphans.append, sequence.tables).atexit = False
         return sequence
 
-    def _fit_rows(self, n_rows: int) -> None:
-        """In the layouts with one block a sequence, see that `n_rows` rows fit into a block."""
+    def _fit_rows(self, sequences: Seq[Sequence], n_tokens: int) -> None:
+        """In the layouts with one block a sequence, see that `n_tokens` more rows fit into a block."""
         spec = self.spec
+        n_rows = max((s.stored_tokens for s in sequences), default=0) + n_tokens
         if spec.layout == "contiguous" and spec.capacity is not None and n_rows > spec.capacity:
             raise CapacityError(f"{n_rows} tokens do not fit into the capacity of {spec.capacity}; nothing was changed")
         if spec.layout != "growing":
@@ -211,10 +222,13 @@ class Memory:
         larger = with_block_tokens(spec, spans)
         if larger == spec:
             return
-        added = sum(
-            (new.bytes_per_block - old.bytes_per_block) * arena.n_blocks
-            for new, old, arena in zip(larger.groups, spec.groups, self.arenas, strict=True)
-        )
+        added = 0
+        for g, (new, old, arena) in enumerate(zip(larger.groups, spec.groups, self.arenas, strict=True)):
+            n_needed = sum(
+                new.blocks_for(s.tables[g].n_rows + n_tokens) - len(s.tables[g].block_ids) for s in sequences
+            )
+            n_added = max(n_needed - self.ledger.pools[g].n_free, 0)
+            added += (new.bytes_per_block - old.bytes_per_block) * arena.n_blocks + n_added * new.bytes_per_block
         self._check_budget(added)
         try:
             slabs = [arena.enlarged_slabs(group) for arena, group in zip(self.arenas, larger.groups, strict=True)]
@@ -242,13 +256,15 @@ class Memory:
         grown: list[Arena] = []
         try:
             for n, arena in zip(generous, self.arenas, strict=True):
-                if n:
-                    arena.grow(n)
+                for part in _slab_sizes(n, arena.spec.bytes_per_block):
+                    arena.grow(part)
                     grown.append(arena)
         except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as RuntimeError
             for arena in grown:
                 arena.slabs.pop()
-            raise CapacityError(f"the system has no {needed:,} bytes more for the cache; nothing was changed") from error
+            raise CapacityError(
+                f"the system has no {needed:,} bytes more for the cache; nothing was changed"
+            ) from error
         for n, pool in zip(generous, self.ledger.pools, strict=True):
             pool.grow(n)
 
@@ -271,18 +287,50 @@ class Memory:
                 arena.poison(freed)
 
     def _shrink(self) -> None:
-        """Give back last slabs that are free, as long as an eighth of the rest is free too: a decode must not thrash."""
+        """Give back free last slabs, as long as an eighth of the rest is free too: a decode must not thrash."""
         for pool, arena in zip(self.ledger.pools, self.arenas, strict=True):
             while arena.slabs and arena.slabs[-1].first > pool.highest_held():
                 left = arena.slabs[-1].first
-                free_in_rest = pool.n_free - arena.slabs[-1].n_blocks
-                if left and free_in_rest < max(1, left // 8):
+                if left and pool.n_free - arena.slabs[-1].n_blocks < max(1, left // 8):
                     break
                 pool.shrink(arena.shrink(left))
+
+    def _consolidate(self) -> None:
+        """Move the blocks held in last slabs to free places before them, where that frees slabs to give back.
+
+        Done between steps only: a step's views name blocks by id.
+        """
+        for g, (pool, arena) in enumerate(zip(self.ledger.pools, self.arenas, strict=True)):
+            n_left, n_free = arena.n_blocks, pool.n_free
+            moving: list[int] = []
+            for slab in reversed(arena.slabs):
+                held = [b for b in range(slab.first, slab.first + slab.n_blocks) if pool.references(b)]
+                n_free -= slab.n_blocks
+                if not slab.first or n_free < max(1, slab.first // 8):
+                    break
+                n_left = slab.first
+                moving.extend(held)
+            self._move_blocks(g, sorted(block for block in moving if block >= n_left))
+
+    def _move_blocks(self, group: int, blocks: Seq[int]) -> None:
+        """Let the lowest free blocks take the place of `blocks`."""
+        if not blocks:
+            return
+        moved = self.ledger.pools[group].relocate(blocks)
+        self.arenas[group].copy(moved.items())
+        for sequence in (*self._live, *self._cached):
+            table = sequence.tables[group]
+            table.block_ids[:] = [moved.get(block, block) for block in table.block_ids]
 
     def _adopt_spec(self, spec: CacheSpec) -> None:
         self.spec = spec
         self.ledger.groups = spec.groups
+
+
+def _slab_sizes(n_blocks: int, bytes_per_block: int) -> list[int]:
+    """`n_blocks` in slabs small enough that a good part of a long prompt's can be given back one by one."""
+    most = max(SLAB_BLOCKS, SLAB_BYTES // bytes_per_block // 8)
+    return [min(most, n_blocks - done) for done in range(0, n_blocks, most)]
 
 
 def _doubled(block_tokens: int, n_rows: int) -> int:

@@ -103,6 +103,19 @@ class BlockPool:
                 freed.append(block)
         return freed
 
+    def relocate(self, blocks: Sequence[int]) -> dict[int, int]:
+        """Let the lowest free blocks take over the holders of `blocks`; returns which became which.
+
+        Raises:
+            CapacityError: fewer are free; nothing was changed.
+        """
+        targets = self.alloc(len(blocks))
+        for source, target in zip(blocks, targets, strict=True):
+            self._references[target] = self._references[source]
+            self._references[source] = 0
+            heapq.heappush(self._free, source)
+        return dict(zip(blocks, targets, strict=True))
+
     def references(self, block: int) -> int:
         """How many holders `block` has."""
         return self._references[block]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stratakv.blocks.pool import BlockPool
 from stratakv.blocks.compaction import Compaction
+from stratakv.blocks.pool import BlockPool
 from stratakv.errors import StateError
 from stratakv.plan import KeepPlan, Run, clip_runs, run_length
 from stratakv.spec import GroupSpec

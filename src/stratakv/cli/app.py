@@ -12,12 +12,14 @@ from stratakv.cli.bench import scaling
 from stratakv.cli.chat import chat
 from stratakv.cli.failures import OneLineFailures
 from stratakv.cli.generate import generate
+from stratakv.cli.verify import verify
 from stratakv.errors import ConfigurationError
 
 COMMANDS: Mapping[str, Callable[..., Any]] = {
     "generate": generate,
     "chat": chat,
     "bench scaling": scaling,
+    "verify": verify,
 }
 """Every command by its full name. A new one is a file and a line here; "group command" puts it in a group."""
 

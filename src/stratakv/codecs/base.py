@@ -55,7 +55,7 @@ class Codec(ABC):
 
     @abstractmethod
     def scrub(self, layout: PageLayout, pages: Tensor, n_rows: int) -> None:
-        """Clear all rows from `n_rows` on in `pages`, uint8 `[..., layout.nbytes]`, so that a file holds no stale data."""
+        """Clear all rows of `pages`, uint8 `[..., layout.nbytes]`, from `n_rows` on: a file holds no stale data."""
 
     def typed(self, layout: PageLayout, pages: Tensor, dtype: torch.dtype) -> Tensor | None:
         """`pages` as numbers `[..., block_tokens, head_dim]` without a copy, where the stored form *is* `dtype`."""

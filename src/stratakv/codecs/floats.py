@@ -47,7 +47,8 @@ class FloatCodec(Codec):
 
     def _numbers(self, layout: PageLayout, pages: Tensor) -> Tensor:
         payload = pages[..., : layout.payload_bytes].view(self.dtype)
-        return payload.unflatten(-1, (layout.block_tokens, layout.head_dim))
+        numbers: Tensor = payload.unflatten(-1, (layout.block_tokens, layout.head_dim))
+        return numbers
 
     def _converted(self, values: Tensor) -> Tensor:
         return values.to(self.dtype)
@@ -68,7 +69,9 @@ class BFloat16(FloatCodec):
 
     def _converted(self, values: Tensor) -> Tensor:
         # The largest fp32 numbers round up to infinity in bf16.
-        return _saturated(values, self.dtype) if values.dtype in (torch.float32, torch.float64) else values.to(self.dtype)
+        return (
+            _saturated(values, self.dtype) if values.dtype in (torch.float32, torch.float64) else values.to(self.dtype)
+        )
 
 
 class Float16(FloatCodec):

@@ -55,7 +55,7 @@ class Window(RetentionPolicy):
             return None
         # The last run is the one that reaches the present. A sequence cut to n tokens is exact if the next query's
         # window, n - window + 1 on, lies within it.
-        reaches_back_to = staying[-1][0] if staying else seen_tokens
+        reaches_back_to = staying[-1][0] if staying else 0
         return KeepPlan(staying, floor=reaches_back_to + retention.window - 1)
 
     def to_dict(self) -> dict[str, Any]:

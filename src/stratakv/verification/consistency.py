@@ -52,7 +52,9 @@ def verify(
     ids = torch.as_tensor(token_ids)
     ids = (ids.unsqueeze(0) if ids.dim() == 1 else ids).to(model.device)
     if ids.dim() != 2 or not ids.numel():
-        raise ConfigurationError(f"token_ids must be [n_tokens] or [batch, n_tokens] with at least one, got {ids.shape}")
+        raise ConfigurationError(
+            f"token_ids must be [n_tokens] or [batch, n_tokens] with at least one, got {ids.shape}"
+        )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedError("verify feeds decoder-only models; `stratakv verify --architectures` covers the others")
     empty = KVCache.for_model(model, **options)
@@ -130,7 +132,8 @@ def _layer_errors(feeder: Feeder, oracle: Any, scale: float) -> Tensor | None:
     n_tokens = feeder.token_ids.shape[1]
     expected = torch.stack([h.float().transpose(0, 1) for h in oracle.hidden_states if h.shape[1] == n_tokens], dim=1)
     norm = expected.norm(dim=-1).clamp(min=1e-6)
-    return (layers - expected).norm(dim=-1) / (LAYER_TOLERANCE * scale * norm)
+    errors: Tensor = (layers - expected).norm(dim=-1) / (LAYER_TOLERANCE * scale * norm)
+    return errors
 
 
 def _first_divergence(cut: str, logit_errors: Tensor, layer_errors: Tensor | None) -> Divergence | None:
@@ -150,14 +153,14 @@ def _first_divergence(cut: str, logit_errors: Tensor, layer_errors: Tensor | Non
     return Divergence(cut, token, layer, float(worst[token]))
 
 
-def _policy_mask(
-    model: PreTrainedModel, spec: CacheSpec, policy: RetentionPolicy | None, ids: Tensor
-) -> Tensor | None:
+def _policy_mask(model: PreTrainedModel, spec: CacheSpec, policy: RetentionPolicy | None, ids: Tensor) -> Tensor | None:
     """What the policy lets each query see, as an explicit mask `[1, n_heads, n_tokens, n_tokens]` for the oracle."""
     if policy is None:
         return None
     if any(not group.imposed for group in spec.groups):
-        raise UnsupportedError("a policy over a model with windows of its own has no oracle: one mask is for all layers")
+        raise UnsupportedError(
+            "a policy over a model with windows of its own has no oracle: one mask is for all layers"
+        )
     n_tokens, first = ids.shape[1], spec.layers[0]
     query, key = torch.arange(n_tokens)[:, None], torch.arange(n_tokens)[None, :]
     heads = []

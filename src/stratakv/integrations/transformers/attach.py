@@ -13,7 +13,7 @@ from stratakv.errors import StrataKVError, UnsupportedError
 from stratakv.integrations.transformers.attention import register
 from stratakv.integrations.transformers.cache import ATTENTION_NAME, KVCache
 from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword
-from stratakv.integrations.transformers.geometry import decoder_config
+from stratakv.integrations.transformers.geometry import attention_config, decoder_config
 from stratakv.integrations.transformers.quiet import quiet_transformers
 
 PROBE_TOKENS = 12
@@ -49,7 +49,7 @@ def attach(model: PreTrainedModel, *, probe_inputs: Mapping[str, Tensor] | None 
     Raises:
         UnsupportedError: with the reason. The model is as it was.
     """
-    config = decoder_config(model.config)
+    config = attention_config(model)
     if config._attn_implementation == ATTENTION_NAME:
         return Attachment(model, {}, 0.0, 1.0)
     register()
@@ -67,7 +67,9 @@ def attach(model: PreTrainedModel, *, probe_inputs: Mapping[str, Tensor] | None 
         _restore(before)
         if isinstance(error, StrataKVError):
             raise UnsupportedError(f"{name} cannot be attached: {error}") from error
-        raise UnsupportedError(f"{name} cannot be attached, the probe failed: {type(error).__name__}: {error}") from error
+        raise UnsupportedError(
+            f"{name} cannot be attached, the probe failed: {type(error).__name__}: {error}"
+        ) from error
     except BaseException:
         _restore(before)
         raise
@@ -77,7 +79,9 @@ def attach(model: PreTrainedModel, *, probe_inputs: Mapping[str, Tensor] | None 
     elif not torch.isfinite(found).all():
         reason = "it changes keys or values after storing them, or attends in code of its own (the output is NaN)"
     elif max_abs > _tolerance(model.dtype) * max(scale, 1.0):
-        reason = f"its logits differ by {max_abs:.3g} at a size of {scale:.3g}: its attention has a term ours does not see"
+        reason = (
+            f"its logits differ by {max_abs:.3g} at a size of {scale:.3g}: its attention has a term ours does not see"
+        )
     else:
         changed = {key: (c, implementation) for key, (c, implementation) in before.items()}
         return Attachment(model, changed, max_abs, scale)

@@ -23,7 +23,7 @@ from stratakv.integrations.transformers.compat import (
     positive_crop_keeps,
     query_length,
 )
-from stratakv.integrations.transformers.geometry import attention_window, decoder_config, layer_specs, template_layers
+from stratakv.integrations.transformers.geometry import attention_config, attention_window, layer_specs, template_layers
 from stratakv.integrations.transformers.layers import HybridLayer, KVLayer
 from stratakv.integrations.transformers.tickets import Epoch, issue
 from stratakv.plan import KeepPlan
@@ -56,7 +56,7 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
         needs_wrapper: bool = False,
     ) -> None:
         self.batch = batch
-        self._config = decoder_config(model.config)
+        self._config = attention_config(model)
         self._model = weakref.ref(model)
         self._attachable = attachable
         self._needs_wrapper = needs_wrapper
@@ -71,7 +71,7 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
         cls,
         model: PreTrainedModel,
         *,
-        format: str | None = None,  # noqa: A002  # the public name; a builtin is hidden in this one function
+        format: str | None = None,  # the public name; a builtin is hidden in this one function
         k_format: str | None = None,
         v_format: str | None = None,
         layout: str = "paged",
@@ -136,7 +136,9 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
         from stratakv.integrations.transformers.encoder_decoder import EncoderDecoderKVCache
 
         # Encoder rows come once and never grow: one stretch a sequence, which attention reads without a copy.
-        cross = build_spec([LayerSpec(s.index, s.n_kv_heads, s.k_dim, s.v_dim) for s in specs], **options, layout="growing")
+        cross = build_spec(
+            [LayerSpec(s.index, s.n_kv_heads, s.k_dim, s.v_dim) for s in specs], **options, layout="growing"
+        )
         return EncoderDecoderKVCache(own_cache, cache(cross, None, is_self=False))
 
     # What it holds
@@ -154,7 +156,7 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
     @property
     def nbytes(self) -> int:
         """Bytes really held, by this cache and its forks together."""
-        states = sum(
+        states: int = sum(
             tensor.numel() * tensor.element_size()
             for layer in self._recurrent_layers()
             for copied in (recurrent.states_of(layer),)
@@ -214,11 +216,17 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
         """
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if not isinstance(layer, KVLayer):
-            raise UnsupportedError(f"the model stores keys and values in layer {layer_idx}, which its config gives none")
+            raise UnsupportedError(
+                f"the model stores keys and values in layer {layer_idx}, which its config gives none"
+            )
         if key_states.dim() != 4 or value_states.dim() != 4:
             shapes = f"{tuple(key_states.shape)} and {tuple(value_states.shape)}"
-            raise UnsupportedError(f"keys and values must be [batch, heads, tokens, dim], layer {layer_idx} gave {shapes}")
+            raise UnsupportedError(
+                f"keys and values must be [batch, heads, tokens, dim], layer {layer_idx} gave {shapes}"
+            )
         batch, step = self.batch, self.batch.open_step
+        if step is not None and layer_idx in step.written and self._needs_wrapper:
+            raise UnsupportedError(_BARE_DECODER_CACHE)
         if step is None or layer_idx in step.written:
             self._begin(key_states)
         try:
@@ -300,7 +308,9 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
             StateError: as `truncate`.
         """
         if tokens > 0 and not positive_crop_keeps:
-            raise ConfigurationError(f"crop takes 0 or -k to remove k tokens, got {tokens}; use truncate({tokens}) to keep")
+            raise ConfigurationError(
+                f"crop takes 0 or -k to remove k tokens, got {tokens}; use truncate({tokens}) to keep"
+            )
         target = min(tokens, self.seen_tokens) if tokens > 0 else max(self.seen_tokens + tokens, 0)
         self.truncate(target)
         if self.batch.recording:
@@ -488,7 +498,11 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
         for layer in self.layers:
             window = getattr(layer, "window", None)
-            yield getattr(layer, "keys", None), getattr(layer, "values", None), None if window is None else torch.tensor(window)
+            yield (
+                getattr(layer, "keys", None),
+                getattr(layer, "values", None),
+                None if window is None else torch.tensor(window),
+            )
 
     def __repr__(self) -> str:
         formats = "/".join(dict.fromkeys((self.spec.k_format, self.spec.v_format)))
@@ -499,14 +513,11 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def _begin(self, key_states: Tensor) -> None:
         if self._needs_wrapper and not self._announced:
-            raise UnsupportedError(
-                "a decoder's cache alone was passed to an encoder-decoder model, whose cross-attention would store its "
-                "rows between the decoder's own; pass the EncoderDecoderKVCache that for_model returned"
-            )
+            raise UnsupportedError(_BARE_DECODER_CACHE)
+        self.batch.begin(key_states.shape[0], key_states.shape[2])
         self._announced = False
         self._epoch.advance()
         self.token_ids = None
-        self.batch.begin(key_states.shape[0], key_states.shape[2])
 
     def _learn_shape(self, layer: KVLayer, keys: Tensor, values: Tensor) -> None:
         self.dtypes.setdefault(layer.index, keys.dtype)
@@ -528,6 +539,12 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def _recurrent_layers(self) -> list[Any]:
         return [layer for layer in self.layers if recurrent.has_states(layer)]
+
+
+_BARE_DECODER_CACHE = (
+    "a decoder's cache alone was passed to an encoder-decoder model, whose cross-attention would store its rows "
+    "between the decoder's own; pass the EncoderDecoderKVCache that for_model returned"
+)
 
 
 class CacheCheckpoint:

@@ -1,4 +1,4 @@
-"""All that differs between the versions of transformers that are accepted (5.0 up to the newest). Nothing else is here."""
+"""All that differs between the accepted versions of transformers (5.0 up to the newest), and nothing else."""
 
 from __future__ import annotations
 
@@ -70,6 +70,8 @@ def query_length(argument: int | torch.Tensor) -> int:
 
 
 def cache_keyword(model: PreTrainedModel) -> str:
-    """The keyword under which the model's forward takes a cache: `cache` in newer versions, `past_key_values` before."""
+    """The keyword under which the forward takes a cache: `cache` in newer versions, `past_key_values` before."""
     parameters = inspect.signature(inspect.unwrap(type(model).forward)).parameters
-    return next((name for name in ("cache", "past_key_values", "cache_params") if name in parameters), "past_key_values")
+    return next(
+        (name for name in ("cache", "past_key_values", "cache_params") if name in parameters), "past_key_values"
+    )

@@ -117,7 +117,9 @@ def _rebuilt(snapshot: Snapshot, model: PreTrainedModel) -> KVCache:
             sequence.adopt(g, GroupTable(blocks, runs, int(described["floor"])))
     cache = KVCache(model, batch, template_layers(model.config), attachable=True)
     if policy is not None and not cache.is_attached:
-        raise UnsupportedError(f"{snapshot.path} was written under policy {policy.name!r}; call stratakv.attach(model) first")
+        raise UnsupportedError(
+            f"{snapshot.path} was written under policy {policy.name!r}; call stratakv.attach(model) first"
+        )
     cache.dtypes = {int(layer): getattr(torch, name) for layer, name in header["dtypes"].items()}
     if header["token_ids"] is not None:
         cache.token_ids = _checked_ids(header["token_ids"], len(batch.sequences), batch.seen_tokens)
@@ -135,7 +137,8 @@ def _check_identity(snapshot: Snapshot, model: PreTrainedModel) -> None:
         raise FingerprintError(f"{snapshot.path} belongs to another model ({told})")
     if snapshot.header.get("positions") != POSITIONS:
         raise FingerprintError(
-            f"{snapshot.path} stores keys at {snapshot.header.get('positions')!r} positions, this build at {POSITIONS!r}"
+            f"{snapshot.path} stores keys at {snapshot.header.get('positions')!r} positions, this build at "
+            f"{POSITIONS!r}"
         )
 
 
@@ -165,6 +168,7 @@ def _checked_ids(token_ids: Any, n_sequences: int, seen_tokens: int) -> tuple[tu
     ids = ids.reshape(1, -1) if ids.dim() == 1 else ids
     if tuple(ids.shape) != (n_sequences, seen_tokens):
         raise ConfigurationError(
-            f"token_ids must be one id for each of {seen_tokens} tokens of {n_sequences} sequences, got {tuple(ids.shape)}"
+            f"token_ids must be one id for each of {seen_tokens} tokens of {n_sequences} sequences, "
+            f"got {tuple(ids.shape)}"
         )
     return tuple(tuple(int(i) for i in row) for row in ids.tolist())

@@ -22,6 +22,15 @@ def decoder_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def attention_config(model: Any) -> Any:
+    """The config that the decoder's attention layers look up their function in.
+
+    An encoder-decoder's own: `get_text_config` makes a copy of it, which would go on naming the old function.
+    """
+    is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    return model.config if is_encoder_decoder else decoder_config(model.config)
+
+
 def attention_window(layer: Any) -> int | None:
     """The window of one of transformers' own attention layers."""
     return layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None

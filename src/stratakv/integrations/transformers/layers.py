@@ -134,7 +134,9 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
         return cache.batch.view(self.index).gather(cache.dtypes[self.index])[which]
 
     def _refuse(self, verb: str) -> None:
-        raise UnsupportedError(f"{verb} is a verb of the whole cache: its layers share block tables. Call cache.{verb}(...)")
+        raise UnsupportedError(
+            f"{verb} is a verb of the whole cache: its layers share block tables. Call cache.{verb}(...)"
+        )
 
 
 if LinearAttentionLayer is not None:
@@ -165,6 +167,9 @@ if LinearAttentionLayer is not None:
                 if name not in ("_cache", "index", "window"):
                     twin.__dict__[name] = _copied(value)
             return twin
+
+else:
+    HybridLayer = None  # type: ignore[misc,assignment]  # no layer of that kind exists in this version
 
 
 def _copied(value: Any) -> Any:

@@ -44,7 +44,8 @@ def states_of(layer: Any) -> dict[str, Any]:
     copied: dict[str, Any] = {}
     for name in names:
         copied[name] = {
-            index: state.clone() if isinstance(state, Tensor) else state for index, state in getattr(layer, name).items()
+            index: state.clone() if isinstance(state, Tensor) else state
+            for index, state in getattr(layer, name).items()
         }
     return copied
 
