@@ -81,8 +81,7 @@ class SequenceBatch:
 
         Raises:
             StateError: the last step is incomplete, or the cache holds another number of sequences.
-            CapacityError: there is no room. In either case nothing was changed, except that rows which no coming
-                query sees may have been freed to make room.
+            CapacityError: there is no room. In either case nothing was changed.
         """
         if self._step is not None:
             missing = sorted(self.memory.spec.layers_by_index.keys() - self._step.written)
@@ -92,6 +91,8 @@ class SequenceBatch:
             )
         if self.sequences and len(self.sequences) != n_sequences:
             raise StateError(f"the cache holds {len(self.sequences)} sequences, this forward has {n_sequences}")
+        if not self.recording and (changes := self._evictions()):
+            self.memory.foresee(self.sequences, n_tokens, changes)
         if not self.recording:
             self.evict()
         is_first = not self.sequences
@@ -164,6 +165,10 @@ class SequenceBatch:
     def evict(self) -> None:
         """Free the blocks that no coming query sees."""
         self._complete = None
+        self.memory.compact(self._evictions())
+
+    def _evictions(self) -> list[tuple[Sequence, int, KeepPlan]]:
+        """What may go in each group of each sequence."""
         changes = []
         for g, group in enumerate(self.memory.spec.groups):
             policy = self.policy if group.imposed else _OWN_WINDOW
@@ -174,7 +179,7 @@ class SequenceBatch:
                 plan = policy.keep(group.retention, self.seen_tokens, runs, group.block_tokens)
                 if plan is not None:
                     changes.append((sequence, g, plan))
-        self.memory.compact(changes)
+        return changes
 
     def compact(self, plan: KeepPlan) -> None:
         """Keep only the rows of `plan` in every group that has no window of the model's own, in every sequence.

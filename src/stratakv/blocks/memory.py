@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -23,7 +23,7 @@ SLAB_BYTES = 64 << 20
 """Growth adds an eighth of what exists, beyond what is needed now, up to this."""
 
 SLAB_BLOCKS = 16
-"""A slab has up to this many blocks, or an eighth of `SLAB_BYTES` where more fit into that."""
+"""A slab has up to this many blocks, so that a good part of a long prompt's can be given back one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +140,27 @@ class Memory:
             self._freed([freed if each == g else [] for each in range(len(self.arenas))])
         self.settle()
 
+    def foresee(self, sequences: Seq[Sequence], n_tokens: int, changes: Seq[tuple[Sequence, int, KeepPlan]]) -> None:
+        """See that after compacting by `changes` there will be room to append `n_tokens`. Changes nothing.
+
+        Raises:
+            CapacityError: there will not be.
+        """
+        self.settle_orphans()
+        self._check_capacity(sequences, n_tokens)
+        wanted = [sum(s.growth(g, n_tokens).n_blocks for s in sequences) for g in range(len(self.arenas))]
+        dropped = [Counter[int]() for _ in self.arenas]
+        for sequence, g, plan in changes:
+            table = sequence.tables[g]
+            change = plan_compaction(table.block_ids, table.runs, self.arenas[g].spec.block_tokens, plan)
+            wanted[g] += change.n_new
+            dropped[g].update(change.dropped)
+        needed = 0
+        for pool, group, n, gone in zip(self.ledger.pools, self.spec.groups, wanted, dropped, strict=True):
+            freed = sum(pool.references(block) == times for block, times in gone.items())
+            needed += max(n - pool.n_free - freed, 0) * group.bytes_per_block
+        self._check_budget(needed)
+
     def respec_layer(self, layer: LayerSpec) -> None:
         """Take on other heads or head dims for a layer of which nothing is stored yet.
 
@@ -212,10 +233,8 @@ class Memory:
 
     def _fit_rows(self, sequences: Seq[Sequence], n_tokens: int) -> None:
         """In the layouts with one block a sequence, see that `n_tokens` more rows fit into a block."""
+        n_rows = self._check_capacity(sequences, n_tokens)
         spec = self.spec
-        n_rows = max((s.stored_tokens for s in sequences), default=0) + n_tokens
-        if spec.layout == "contiguous" and spec.capacity is not None and n_rows > spec.capacity:
-            raise CapacityError(f"{n_rows} tokens do not fit into the capacity of {spec.capacity}; nothing was changed")
         if spec.layout != "growing":
             return
         spans = [g.block_tokens if g.retention.window else _doubled(g.block_tokens, n_rows) for g in spec.groups]
@@ -239,6 +258,13 @@ class Memory:
             if arena.spec != group:
                 arena.enlarge(group, new_slabs)
 
+    def _check_capacity(self, sequences: Seq[Sequence], n_tokens: int) -> int:
+        """The rows that each sequence will have."""
+        n_rows, capacity = max((s.stored_tokens for s in sequences), default=0) + n_tokens, self.spec.capacity
+        if capacity is not None and n_rows > capacity:
+            raise CapacityError(f"{n_rows} tokens do not fit into the capacity of {capacity}; nothing was changed")
+        return n_rows
+
     def _reserve(self, wanted: Seq[int]) -> None:
         """Have `wanted[g]` free blocks in each group, or raise CapacityError and change nothing."""
         short = [max(n - pool.n_free, 0) for n, pool in zip(wanted, self.ledger.pools, strict=True)]
@@ -256,7 +282,7 @@ class Memory:
         grown: list[Arena] = []
         try:
             for n, arena in zip(generous, self.arenas, strict=True):
-                for part in _slab_sizes(n, arena.spec.bytes_per_block):
+                for part in (min(SLAB_BLOCKS, n - done) for done in range(0, n, SLAB_BLOCKS)):
                     arena.grow(part)
                     grown.append(arena)
         except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as RuntimeError
@@ -325,12 +351,6 @@ class Memory:
     def _adopt_spec(self, spec: CacheSpec) -> None:
         self.spec = spec
         self.ledger.groups = spec.groups
-
-
-def _slab_sizes(n_blocks: int, bytes_per_block: int) -> list[int]:
-    """`n_blocks` in slabs small enough that a good part of a long prompt's can be given back one by one."""
-    most = max(SLAB_BLOCKS, SLAB_BYTES // bytes_per_block // 8)
-    return [min(most, n_blocks - done) for done in range(0, n_blocks, most)]
 
 
 def _doubled(block_tokens: int, n_rows: int) -> int:

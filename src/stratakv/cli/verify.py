@@ -127,8 +127,8 @@ def _cuts(report: VerifyReport, name: str) -> Table:
     stored = report.k_format if report.k_format == report.v_format else f"{report.k_format}/{report.v_format}"
     attention = "our attention" if report.attached else "the model's attention"
     table = Table(title=f"{name}: {report.n_tokens} tokens, {report.layout}, {stored}, {attention}")
-    table.add_column("cut")
-    table.add_column("result")
+    table.add_column("cut", no_wrap=True)
+    table.add_column("result", no_wrap=True)
     for heading in ("max abs", "KL", "top-1"):
         table.add_column(heading, justify="right")
     table.add_column("first divergence")
