@@ -103,6 +103,9 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
             ConfigurationError: an argument is out of range.
             UnsupportedError: the model, or the combination, cannot be served; the message says why.
         """
+        takes_cache = getattr(type(model), "_supports_default_dynamic_cache", None)
+        if takes_cache is not None and not takes_cache():
+            raise UnsupportedError(f"{type(model).__name__} accepts only a cache class of its own")
         layers = template_layers(model.config)
         if not any(isinstance(layer, DynamicLayer) for layer in layers):
             raise UnsupportedError(f"{type(model).__name__} has no attention layers that cache keys and values")

@@ -62,10 +62,12 @@ def template_layers(config: Any) -> list[Any]:
 
 def layer_specs(config: Any, layers: Sequence[Any]) -> list[LayerSpec]:
     """Heads and head dims of each layer with rows, as far as the config tells; the first rows show the rest."""
-    decoder = decoder_config(config)
+    whole = decoder_config(config)
+    by_layer = getattr(whole, "per_layer_config", None) or [whole] * len(layers)  # heads differ by layer in some models
     specs = []
     for index, layer in enumerate(layers):
         if isinstance(layer, DynamicLayer):
+            decoder = by_layer[index]
             n_heads = _number(decoder, index, "num_key_value_heads", "num_kv_heads", "num_attention_heads", default=1)
             hidden = _number(decoder, index, "hidden_size", default=0)
             n_query_heads = _number(decoder, index, "num_attention_heads", default=n_heads)
