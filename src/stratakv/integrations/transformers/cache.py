@@ -218,7 +218,7 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
             CapacityError: no room. StateError: the forward does not fit what is held. Nothing was changed.
         """
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        if not isinstance(layer, KVLayer):
+        if not isinstance(layer, KVLayer) or layer.index != layer_idx:  # a copy that the model itself appended
             raise UnsupportedError(
                 f"the model stores keys and values in layer {layer_idx}, which its config gives none"
             )
