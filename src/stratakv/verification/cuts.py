@@ -91,21 +91,25 @@ def prompt_then_decode(feeder: Feeder) -> None:
 
 
 def fork_in_the_middle(feeder: Feeder) -> None:
-    """Half; then a fork goes on with the tokens while the original is fed others, before and in between."""
+    """Half; then a fork goes on with the tokens while the original, in turn with it, is fed others.
+
+    The half is an odd number of tokens, so that the last block is shared half full, and the original writes into it
+    after the fork has.
+    """
     n = feeder.token_ids.shape[1]
-    half = max(n // 2, 1)
+    half = min(n // 2 | 1, n)
     feeder.feed(0, half)
     original, fork = feeder.cache, feeder.cache.fork()
-    feeder.feed_wrong(3)
+    start = half
+    for size in (1, 5, n):
+        feeder.cache = fork
+        stop = min(start + size, n)
+        if stop > start:
+            feeder.feed(start, stop)
+        start = stop
+        feeder.cache = original
+        feeder.feed_wrong(3)
     feeder.cache = fork
-    middle = max(half, min(half + 5, n))
-    if middle > half:
-        feeder.feed(half, middle)
-    feeder.cache = original
-    feeder.feed_wrong(2)
-    feeder.cache = fork
-    if n > middle:
-        feeder.feed(middle, n)
 
 
 def truncate_and_refeed(feeder: Feeder) -> None:

@@ -1,0 +1,134 @@
+"""`verify` passes what is right, and catches faults that are put in on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stratakv.attention import reference
+from stratakv.blocks.arena import Arena
+from stratakv.blocks.batch import SequenceBatch
+from stratakv.blocks.sequence import Growth, Sequence
+from stratakv.integrations.transformers import KVCache, attach
+from stratakv.policies import Window
+from stratakv.testing.running import random_ids
+from stratakv.testing.tiny import tiny_gemma3, tiny_llama
+from stratakv.verification import verify
+
+IDS = random_ids(1, 30, seed=11)
+Mutation = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.mark.parametrize("layout", ["paged", "contiguous", "growing"])
+@pytest.mark.parametrize("format_name", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3])
+def test_a_right_cache_passes_in_every_cut(make: Callable[[], Any], format_name: str, layout: str) -> None:
+    options: dict[str, Any] = {"capacity": 48} if layout == "contiguous" else {}
+    report = verify(make(), IDS, format=format_name, layout=layout, block_tokens=4, poison=True, **options)
+    assert report.passed, report.first_divergence
+    assert [cut.refused for cut in report.cuts] == [None] * 7
+    assert report.to_dict()["first_divergence"] is None
+
+
+@pytest.mark.parametrize("policy", [Window(6), Window(6, sinks=2), Window((5, 9))])
+def test_an_attached_model_passes_under_a_policy_that_its_mask_cannot_express(policy: Window) -> None:
+    model = tiny_llama()
+    attach(model)
+    report = verify(model, IDS, policy=policy, block_tokens=4, poison=True)
+    assert report.passed, report.first_divergence
+
+
+def positions_one_too_far(patch: pytest.MonkeyPatch) -> None:
+    right = KVCache.get_seq_length
+    patch.setattr(KVCache, "get_seq_length", lambda self, layer_idx=0: right(self, layer_idx) + (self.seen_tokens > 0))
+
+
+def one_token_hidden(patch: pytest.MonkeyPatch) -> None:
+    right = Arena.read
+
+    def read(self: Arena, member: int, plan: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        keys, values = (tensor.clone() for tensor in right(self, member, plan, dtype))
+        if plan.n_rows > 6:
+            values[:, :, 2] = 0
+        return keys, values
+
+    patch.setattr(Arena, "read", read)
+
+
+def two_blocks_swapped(patch: pytest.MonkeyPatch) -> None:
+    right = Arena.segments
+
+    def segments(self: Arena, sequence: int, block_ids: Any) -> Any:
+        ids = list(block_ids)
+        if len(ids) > 2:
+            ids[0], ids[1] = ids[1], ids[0]
+        return right(self, sequence, ids)
+
+    patch.setattr(Arena, "segments", segments)
+
+
+def shared_blocks_written_in_place(patch: pytest.MonkeyPatch) -> None:
+    right = Sequence.growth
+
+    def growth(self: Sequence, group: int, n_tokens: int) -> Growth:
+        found = right(self, group, n_tokens)
+        return found if found.replaces is None else Growth(found.n_blocks - 1, None)
+
+    patch.setattr(Sequence, "growth", growth)
+
+
+def one_row_too_many_after_truncation(patch: pytest.MonkeyPatch) -> None:
+    right = SequenceBatch.truncate
+    patch.setattr(SequenceBatch, "truncate", lambda self, n_tokens: right(self, min(n_tokens + 1, self.seen_tokens)))
+
+
+def rows_written_one_too_early(patch: pytest.MonkeyPatch) -> None:
+    right = Arena.write
+
+    def write(self: Arena, member: int, plan: Any, keys: Tensor, values: Tensor) -> None:
+        if plan.row % plan.block_tokens:
+            plan = replace(plan, row=plan.row - 1)
+        right(self, member, plan, keys, values)
+
+    patch.setattr(Arena, "write", write)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3])
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        positions_one_too_far,
+        one_token_hidden,
+        two_blocks_swapped,
+        shared_blocks_written_in_place,
+        one_row_too_many_after_truncation,
+        rows_written_one_too_early,
+    ],
+)
+def test_a_fault_put_in_on_purpose_is_caught(
+    mutation: Mutation, make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    mutation(monkeypatch)
+    report = verify(model, IDS, block_tokens=4)
+    assert not report.passed
+    divergence = report.first_divergence
+    assert divergence is not None and 0 <= divergence.token < IDS.shape[1] and divergence.error > 1
+
+
+def test_a_window_that_shows_one_key_too_many_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    attach(model)
+    right = reference._retained
+    monkeypatch.setattr(
+        reference,
+        "_retained",
+        lambda retention, queries, rows: right(replace(retention, window=(retention.window or 0) + 1), queries, rows),
+    )
+    report = verify(model, IDS, policy=Window(6, sinks=1), block_tokens=4)
+    assert not report.passed
