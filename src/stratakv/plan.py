@@ -1,6 +1,7 @@
 """Plain frozen data that travels between the parts: what to keep, what to write, what to read.
 
-A plan is made from ids (block tables) once a step and group, and used by every layer of the group.
+A plan is made from ids (block tables) once a step and group, and used by every layer of the group. Plans that name
+places in memory carry the arena's `version`: blocks that moved since make them void, and the arena refuses them.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class ReadPlan:
     block_tokens: int
     segments: tuple[Segment, ...]
     runs: tuple[Run, ...]
+    version: int
 
     @cached_property
     def n_blocks(self) -> int:
@@ -84,3 +86,4 @@ class WritePlan:
     row: int
     block_tokens: int
     tables: tuple[tuple[tuple[int, int], ...], ...]
+    version: int

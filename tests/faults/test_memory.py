@@ -11,7 +11,7 @@ import torch
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
-from stratakv.errors import CapacityError
+from stratakv.errors import CapacityError, StateError
 from stratakv.plan import KeepPlan
 from stratakv.policies import Window
 from stratakv.spec import LayerSpec
@@ -309,3 +309,21 @@ def test_a_compaction_that_does_not_fit_changes_nothing() -> None:
     cache.batch_select_indices(torch.tensor([0]))
     expected = uncached_logits(plain, ids)[:, 12:]
     assert_logits_equal(fed_logits(model, cache, ids[:, 12:]), expected)
+
+
+def test_a_view_from_before_blocks_moved_is_refused() -> None:
+    layers = [LayerSpec(0, 1, 4, 4)]
+    spec = build_spec(layers, k_format="fp32", v_format="fp32", layout="paged", block_tokens=2)
+    memory = Memory(spec, device=torch.device("cpu"))
+    first, second = SequenceBatch(memory), SequenceBatch(memory)
+    rows = torch.randn(1, 1, 160, 4)
+    for batch in (first, second):
+        batch.begin(1, 160)
+        view = batch.write(0, rows, -rows)
+    first.reset()
+    memory.settle()  # moves the rows of `second` to the front, to give the slabs behind them back
+    with pytest.raises(StateError, match="moved"):
+        view.gather(torch.float32)
+    keys, values = second.view(0).gather(torch.float32)
+    assert torch.equal(keys, rows)
+    assert torch.equal(values, -rows)

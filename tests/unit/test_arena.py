@@ -40,12 +40,14 @@ def first_rows(member: int, n_rows: int) -> tuple[Tensor, Tensor]:
 def write(arena: Arena, member: int, tables: list[list[int]], row: int, new: tuple[Tensor, Tensor]) -> None:
     span, n_tokens = arena.spec.block_tokens, new[0].shape[2]
     used = [tuple(arena.locate(b) for b in table[row // span : -(-(row + n_tokens) // span)]) for table in tables]
-    arena.write(member, WritePlan(n_tokens, row, span, tuple(used)), *new)
+    arena.write(member, WritePlan(n_tokens, row, span, tuple(used), arena.version), *new)
 
 
 def read(arena: Arena, member: int, tables: list[list[int]], n_rows: int, skip: int = 0) -> tuple[Tensor, Tensor]:
     segments = [s for i, table in enumerate(tables) for s in arena.segments(i, table)]
-    plan = ReadPlan(len(tables), n_rows, skip, arena.spec.block_tokens, tuple(segments), ((skip, n_rows),))
+    plan = ReadPlan(
+        len(tables), n_rows, skip, arena.spec.block_tokens, tuple(segments), ((skip, n_rows),), arena.version
+    )
     return arena.read(member, plan, torch.float32)
 
 

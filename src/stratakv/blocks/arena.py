@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stratakv.codecs import Codec
-from stratakv.errors import InvariantError
+from stratakv.errors import InvariantError, StateError
 from stratakv.plan import ReadPlan, Segment, WritePlan
 from stratakv.spec import GroupSpec, Member, PageLayout
 
@@ -39,6 +39,8 @@ class Arena:
         self.device = device
         self.slabs: list[Slab] = []
         self.bytes_copied = 0  # by growth; copies on write and compactions are not growth
+        self.version = 0
+        """Rises when blocks move or change in size."""
 
     @property
     def n_blocks(self) -> int:
@@ -90,6 +92,7 @@ class Arena:
                 self.bytes_copied += source.numel()
                 old_slab.members[m] = torch.empty(0, dtype=torch.uint8)
         self.slabs, self.spec = slabs, spec
+        self.version += 1
 
     def locate(self, block: int) -> tuple[int, int]:
         """(slab, block within the slab) of a block id."""
@@ -116,7 +119,11 @@ class Arena:
             plan: where the rows go.
             keys: `[n_sequences, n_heads, n_tokens, k_dim]`, the member's heads only.
             values: `[n_sequences, n_heads, n_tokens, v_dim]`.
+
+        Raises:
+            StateError: blocks moved since the plan was made. Nothing was written.
         """
+        self._check_version(plan)
         spec = self.spec.members[member]
         rows = torch.arange(plan.row, plan.row + plan.n_tokens)
         at, row = rows // plan.block_tokens - plan.row // plan.block_tokens, rows % plan.block_tokens
@@ -141,7 +148,11 @@ class Arena:
         Returns:
             keys `[n_sequences, n_heads, n_rows, k_dim]` and values `[n_sequences, n_heads, n_rows, v_dim]`. They are
             views of the pages where no copy is needed, and good for the present step only.
+
+        Raises:
+            StateError: blocks moved since the plan was made.
         """
+        self._check_version(plan)
         spec = self.spec.members[member]
         tensors = []
         for is_key, codec, layout in ((True, self.k_codec, spec.k_layout), (False, self.v_codec, spec.v_layout)):
@@ -158,6 +169,11 @@ class Arena:
             tensors.append(view[:, :, plan.skip : plan.skip + plan.n_rows])
         return tensors[0], tensors[1]
 
+    def relocate(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Copy whole blocks whose ids change: (old id, new id)."""
+        self.copy(pairs)
+        self.version += 1
+
     def copy(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy whole blocks: (source id, target id)."""
         for source, target in pairs:
@@ -169,8 +185,10 @@ class Arena:
         """Copy `rows`, numbered in a table of `old_blocks`, to the rows 0, 1, ... of a table of `new_blocks`."""
         span = self.spec.block_tokens
         n_old = max(rows) + 1
-        reading = ReadPlan(1, n_old, 0, span, tuple(self.segments(0, old_blocks[: -(-n_old // span)])), ())
-        writing = WritePlan(len(rows), 0, span, (tuple(self.locate(block) for block in new_blocks),))
+        reading = ReadPlan(
+            1, n_old, 0, span, tuple(self.segments(0, old_blocks[: -(-n_old // span)])), (), self.version
+        )
+        writing = WritePlan(len(rows), 0, span, (tuple(self.locate(block) for block in new_blocks),), self.version)
         index = torch.tensor(rows)
         for m in range(len(self.spec.members)):
             keys, values = self.read(m, reading, torch.float32)
@@ -207,6 +225,10 @@ class Arena:
             slab, index = self.locate(block)
             for tensor in self.slabs[slab].members:
                 tensor[index].fill_(0xFF)
+
+    def _check_version(self, plan: ReadPlan | WritePlan) -> None:
+        if plan.version != self.version:
+            raise StateError("blocks moved since this view was made; a view is good for one step of its cache")
 
     def _zeros(self, n_blocks: int, member: Member) -> Tensor:
         # Zeros, not empty: the system hands out zeroed memory lazily anyway, and a page never holds another's data.

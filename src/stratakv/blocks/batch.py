@@ -21,8 +21,8 @@ class Step:
     """A forward under way: `n_tokens` new rows in every group, written by the layers in `written` so far."""
 
     n_tokens: int
-    writes: tuple[WritePlan, ...]
-    reads: tuple[ReadPlan, ...]
+    writes: dict[int, WritePlan] = field(default_factory=dict)
+    reads: dict[int, ReadPlan] = field(default_factory=dict)
     written: set[int] = field(default_factory=set)
 
 
@@ -91,26 +91,21 @@ class SequenceBatch:
             )
         if self.sequences and len(self.sequences) != n_sequences:
             raise StateError(f"the cache holds {len(self.sequences)} sequences, this forward has {n_sequences}")
-        if not self.recording and (changes := self._evictions()):
-            self.memory.foresee(self.sequences, n_tokens, changes)
         if not self.recording:
-            self.evict()
+            if changes := self._evictions():
+                self.memory.foresee(self.sequences, n_tokens, changes)
+            self._complete = None
+            self.memory.compact(changes)
         is_first = not self.sequences
         if is_first:
             self.sequences = [self.memory.new_sequence() for _ in range(n_sequences)]
-        first_rows = [table.n_rows for table in self.sequences[0].tables] if self.sequences else []
         try:
             self.memory.append(self.sequences, n_tokens)
         except BaseException:
             if is_first:
                 self.sequences = []
             raise
-        groups = range(len(self.memory.arenas))
-        self._step = Step(
-            n_tokens,
-            tuple(self._write_plan(g, first_rows[g], n_tokens) for g in groups),
-            tuple(self._read_plan(g, n_tokens) for g in groups),
-        )
+        self._step = Step(n_tokens)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> KVView:
         """Store one layer's new rows in the open step, and give what its attention may read.
@@ -131,7 +126,7 @@ class SequenceBatch:
             heads = self.memory.spec.groups[g].members[m].heads
             every = len(heads) == keys.shape[1]
             part = (keys, values) if every else (keys[:, heads], values[:, heads])
-            self.memory.arenas[g].write(m, step.writes[g], *part)
+            self.memory.arenas[g].write(m, self._write_plan(step, g), *part)
         step.written.add(layer)
         if len(step.written) == len(self.memory.spec.layers):
             self._commit(step)
@@ -152,15 +147,16 @@ class SequenceBatch:
         spec = self.memory.spec
         step = self._step if self._step and layer in self._step.written else self._complete
         n_new = step.n_tokens if step else 0
+        seen = self.layer_length(layer)
         parts = []
         for g, m in spec.locations[layer]:
             group = spec.groups[g]
-            plan = step.reads[g] if step else self._read_plan(g, 0)
+            plan = self._read_plan(step, g, seen)
             retention = group.retention if group.imposed else None
             parts.append(KVPart(group.members[m].heads, self.memory.arenas[g], m, plan, retention))
         shape = spec.layers_by_index[layer]
-        seen = self.layer_length(layer) - n_new
-        return KVView(layer, len(self.sequences), shape.n_kv_heads, shape.k_dim, shape.v_dim, seen, n_new, tuple(parts))
+        sizes = (len(self.sequences), shape.n_kv_heads, shape.k_dim, shape.v_dim)
+        return KVView(layer, *sizes, seen - n_new, n_new, tuple(parts))
 
     def evict(self) -> None:
         """Free the blocks that no coming query sees."""
@@ -297,31 +293,43 @@ class SequenceBatch:
                 f"{expected[0]} and {expected[1]} (sequences, KV heads, tokens, head dim)"
             )
 
-    def _write_plan(self, group: int, row: int, n_tokens: int) -> WritePlan:
+    def _write_plan(self, step: Step, group: int) -> WritePlan:
         arena = self.memory.arenas[group]
-        first = row // arena.spec.block_tokens
-        tables = tuple(
-            tuple(arena.locate(block) for block in sequence.tables[group].block_ids[first:])
-            for sequence in self.sequences
-        )
-        return WritePlan(n_tokens, row, arena.spec.block_tokens, tables)
+        plan = step.writes.get(group)
+        if plan is None or plan.version != arena.version:
+            row = self.sequences[0].tables[group].n_rows - step.n_tokens
+            first = row // arena.spec.block_tokens
+            tables = tuple(
+                tuple(arena.locate(block) for block in sequence.tables[group].block_ids[first:])
+                for sequence in self.sequences
+            )
+            plan = WritePlan(step.n_tokens, row, arena.spec.block_tokens, tables, arena.version)
+            step.writes[group] = plan
+        return plan
 
-    def _read_plan(self, group: int, n_new: int) -> ReadPlan:
-        """All rows of a group up to `n_new` new ones; where it has a window and no sinks, those some query sees."""
+    def _read_plan(self, step: Step | None, group: int, seen_tokens: int) -> ReadPlan:
+        """The rows of a group's first `seen_tokens` tokens that a query of `step` (all, without one) may see."""
         arena = self.memory.arenas[group]
-        span, retention = arena.spec.block_tokens, arena.spec.retention
+        plan = step.reads.get(group) if step else None
+        if plan is not None and plan.version == arena.version:
+            return plan
+        retention = arena.spec.retention
         stored = self.sequences[0].tables[group].runs if self.sequences else ()
-        runs = clip_runs(stored, 0, self.seen_tokens + n_new)
+        runs = clip_runs(stored, 0, seen_tokens)
         n_stored = n_rows = run_length(runs)
         if retention.window is not None and not retention.sinks:
-            n_rows = min(n_rows, retention.window - 1 + n_new)
+            n_rows = min(n_rows, retention.window - 1 + (step.n_tokens if step else 0))
         skip = n_stored - n_rows
-        segments = [
+        segments = tuple(
             segment
             for b, sequence in enumerate(self.sequences)
             for segment in arena.segments(b, sequence.tables[group].block_ids[: arena.spec.blocks_for(n_stored)])
-        ]
-        return ReadPlan(len(self.sequences), n_rows, skip, span, tuple(segments), _without_first(runs, skip))
+        )
+        runs = _without_first(runs, skip)
+        plan = ReadPlan(len(self.sequences), n_rows, skip, arena.spec.block_tokens, segments, runs, arena.version)
+        if step is not None:
+            step.reads[group] = plan
+        return plan
 
 
 _OWN_WINDOW = Window(1)  # `keep` reads the window from the group's retention, not from the policy

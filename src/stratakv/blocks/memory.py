@@ -324,18 +324,17 @@ class Memory:
     def _consolidate(self) -> None:
         """Move the blocks held in last slabs to free places before them, where that frees slabs to give back.
 
-        Done between steps only: a step's views name blocks by id.
+        Done between steps only. Plans that other caches over this memory hold from their last step become void.
         """
         for g, (pool, arena) in enumerate(zip(self.ledger.pools, self.arenas, strict=True)):
             n_left, n_free = arena.n_blocks, pool.n_free
             moving: list[int] = []
             for slab in reversed(arena.slabs):
-                held = [b for b in range(slab.first, slab.first + slab.n_blocks) if pool.references(b)]
                 n_free -= slab.n_blocks
                 if not slab.first or n_free < max(1, slab.first // 8):
                     break
                 n_left = slab.first
-                moving.extend(held)
+                moving.extend(b for b in range(slab.first, slab.first + slab.n_blocks) if pool.references(b))
             self._move_blocks(g, sorted(block for block in moving if block >= n_left))
 
     def _move_blocks(self, group: int, blocks: Seq[int]) -> None:
@@ -343,7 +342,7 @@ class Memory:
         if not blocks:
             return
         moved = self.ledger.pools[group].relocate(blocks)
-        self.arenas[group].copy(moved.items())
+        self.arenas[group].relocate(moved.items())
         for sequence in (*self._live, *self._cached):
             table = sequence.tables[group]
             table.block_ids[:] = [moved.get(block, block) for block in table.block_ids]

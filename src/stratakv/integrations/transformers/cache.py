@@ -59,8 +59,9 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._config = attention_config(model)
         self._model = weakref.ref(model)
         self._attachable = attachable
-        self._needs_wrapper = needs_wrapper
-        self._announced = False
+        self.needs_wrapper = needs_wrapper
+        self.announced = False
+        """Whether the wrapper was asked for a length since the last forward, as every forward through it does first."""
         self._epoch = Epoch()
         self.dtypes: dict[int, torch.dtype] = {}  # what each layer's attention computes in, from its first rows
         self.token_ids: tuple[tuple[int, ...], ...] | None = None
@@ -228,8 +229,6 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
                 f"keys and values must be [batch, heads, tokens, dim], layer {layer_idx} gave {shapes}"
             )
         batch, step = self.batch, self.batch.open_step
-        if step is not None and layer_idx in step.written and self._needs_wrapper:
-            raise UnsupportedError(_BARE_DECODER_CACHE)
         if step is None or layer_idx in step.written:
             self._begin(key_states)
         try:
@@ -252,13 +251,11 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen; by one layer, where `layer_idx` names an attention layer."""
-        self._announced = True
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         return self.batch.layer_length(layer_idx if isinstance(layer, KVLayer) else self._first_kv_layer().index)
 
     def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
         """(columns, position of the first column) of the mask for `query` new tokens in one layer."""
-        self._announced = True
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         index = layer_idx if isinstance(layer, KVLayer) else self._first_kv_layer().index
         return self.mask_sizes(index, query_length(query))
@@ -515,10 +512,10 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
         )
 
     def _begin(self, key_states: Tensor) -> None:
-        if self._needs_wrapper and not self._announced:
+        if self.needs_wrapper and not self.announced:
             raise UnsupportedError(_BARE_DECODER_CACHE)
+        self.announced = False
         self.batch.begin(key_states.shape[0], key_states.shape[2])
-        self._announced = False
         self._epoch.advance()
         self.token_ids = None
 

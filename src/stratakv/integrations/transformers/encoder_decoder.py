@@ -54,6 +54,16 @@ class EncoderDecoderKVCache(EncoderDecoderCache):  # type: ignore[misc]  # trans
         """Verify the books of both caches."""
         return self.self_attention_cache.check(), self.cross_attention_cache.check()
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Decoder tokens seen."""
+        self.self_attention_cache.announced = True
+        return self.self_attention_cache.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+        """(columns, position of the first column) of the mask for new decoder tokens."""
+        self.self_attention_cache.announced = True
+        return self.self_attention_cache.get_mask_sizes(query_length, layer_idx)
+
     def check_dynamic_cache(self, method: str) -> None:
         """Nothing to refuse: both caches can do all that transformers asks of a dynamic cache."""
 
