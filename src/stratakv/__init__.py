@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stratakv import errors, policies
-    from stratakv.integrations.transformers import Attachment, EncoderDecoderKVCache, KVCache, attach, detach
+    from stratakv.integrations.transformers import Attachment, EncoderDecoderKVCache, KVCache, attach
     from stratakv.models import load
     from stratakv.verification import VerifyReport, verify
 
@@ -28,7 +28,6 @@ _HOMES = {
     "KVCache": "stratakv.integrations.transformers",
     "VerifyReport": "stratakv.verification",
     "attach": "stratakv.integrations.transformers",
-    "detach": "stratakv.integrations.transformers",
     "load": "stratakv.models",
     "verify": "stratakv.verification",
 }
@@ -41,7 +40,6 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "attach",
-    "detach",
     "errors",
     "load",
     "policies",

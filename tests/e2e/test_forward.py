@@ -9,31 +9,13 @@ import torch
 
 from stratakv.errors import StateError, StrataKVError
 from stratakv.integrations.transformers.attention import attention_forward
-from stratakv.testing.running import assert_logits_equal, cache_argument, fed_logits, random_ids, uncached_logits
+from stratakv.testing.running import assert_logits_equal, fed_logits, random_ids, uncached_logits
+from stratakv.testing.stopping import stopped_forward
 from stratakv.testing.tiny import tiny_bart, tiny_gemma3, tiny_llama, tiny_mistral, tiny_t5
 from stratakv.testing.ways import LAYOUTS, WAYS, model_for, small_cache
 
 every_way = pytest.mark.parametrize("way", WAYS)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-class InjectedError(Exception):
-    """Raised in the middle of a forward."""
-
-
-def stopped_forward(model: Any, cache: Any, module: Any, **inputs: Any) -> None:
-    """A forward that raises when it reaches `module`."""
-
-    def stop(*_: Any) -> None:
-        raise InjectedError
-
-    hook = module.register_forward_pre_hook(stop)
-    try:
-        with torch.no_grad(), pytest.raises(InjectedError):
-            model(**inputs, **cache_argument(model, cache), use_cache=True)
-    finally:
-        hook.remove()
-    cache.check()
 
 
 @every_way
@@ -164,7 +146,10 @@ def test_a_detached_model_never_takes_a_ticket_for_numbers() -> None:
     attachment.detach()
     pieces.append(fed_logits(model, cache, ids[:, 4:6]))
     attach(model)
-    pieces.append(fed_logits(model, cache, ids[:, 6:]))
+    pieces.append(fed_logits(model, cache, ids[:, 6:8]))
+    attach(model).detach()  # the second attachment of an attached model knows the way back too
+    assert not cache.is_attached
+    pieces.append(fed_logits(model, cache, ids[:, 8:]))
     assert_logits_equal(torch.cat(pieces, 1), expected)
 
 

@@ -1,8 +1,9 @@
 """transformers: the cache, and the attention that reads it."""
 
-from stratakv.integrations.transformers.attach import Attachment, attach, detach
-from stratakv.integrations.transformers.cache import CacheCheckpoint, KVCache
+from stratakv.integrations.transformers.attach import Attachment, attach
+from stratakv.integrations.transformers.cache import KVCache
 from stratakv.integrations.transformers.encoder_decoder import EncoderDecoderCheckpoint, EncoderDecoderKVCache
+from stratakv.integrations.transformers.state import CacheCheckpoint
 
 __all__ = [
     "Attachment",
@@ -11,5 +12,4 @@ __all__ = [
     "EncoderDecoderKVCache",
     "KVCache",
     "attach",
-    "detach",
 ]

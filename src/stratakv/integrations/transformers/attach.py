@@ -11,10 +11,11 @@ from torch import Tensor
 
 from stratakv.errors import StrataKVError, UnsupportedError
 from stratakv.integrations.transformers.attention import register
-from stratakv.integrations.transformers.cache import ATTENTION_NAME, KVCache
+from stratakv.integrations.transformers.cache import KVCache
 from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword
 from stratakv.integrations.transformers.geometry import attention_config, decoder_config
 from stratakv.integrations.transformers.quiet import quiet_transformers
+from stratakv.integrations.transformers.state import ATTENTION_NAME
 
 PROBE_TOKENS = 12
 PROBE_CHUNKS = (7, 1, 1, 3)
@@ -51,7 +52,7 @@ def attach(model: PreTrainedModel, *, probe_inputs: Mapping[str, Tensor] | None 
     """
     config = attention_config(model)
     if config._attn_implementation == ATTENTION_NAME:
-        return Attachment(model, {}, 0.0, 1.0)
+        return Attachment(model, _implementations(model), 0.0, 1.0)
     register()
     name = type(model).__name__
     before = _implementations(model)
@@ -83,15 +84,9 @@ def attach(model: PreTrainedModel, *, probe_inputs: Mapping[str, Tensor] | None 
             f"its logits differ by {max_abs:.3g} at a size of {scale:.3g}: its attention has a term ours does not see"
         )
     else:
-        changed = {key: (c, implementation) for key, (c, implementation) in before.items()}
-        return Attachment(model, changed, max_abs, scale)
+        return Attachment(model, before, max_abs, scale)
     _restore(before)
     raise UnsupportedError(f"{name} cannot be attached: {reason}")
-
-
-def detach(model: PreTrainedModel, attention: str = "sdpa") -> None:
-    """Make `model` use one of transformers' own attention functions again."""
-    model.set_attn_implementation(attention)
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -119,15 +114,11 @@ def _cached_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tens
     cache = KVCache.for_model(model)
     ids = inputs[ids_name]
     others = {key: value for key, value in inputs.items() if key != ids_name}
-    chunks = ids.split([*PROBE_CHUNKS, max(ids.shape[1] - sum(PROBE_CHUNKS), 0)], dim=1) if ids.shape[1] > 12 else None
-    pieces = chunks or ids.split(list(PROBE_CHUNKS), dim=1)
+    n_left = ids.shape[1] - sum(PROBE_CHUNKS)
+    pieces = ids.split([*PROBE_CHUNKS, n_left], dim=1) if n_left > 0 else ids.split(list(PROBE_CHUNKS), dim=1)
     keyword = cache_keyword(model)
     return torch.cat(
-        [
-            _logits(model(**{ids_name: piece, keyword: cache}, **others, use_cache=True))
-            for piece in pieces
-            if piece.shape[1]
-        ],
+        [_logits(model(**{ids_name: piece, keyword: cache}, **others, use_cache=True)) for piece in pieces],
         dim=1,
     )
 
@@ -139,13 +130,14 @@ def _logits(output: Any) -> Tensor:
 
 
 def _implementations(model: PreTrainedModel) -> dict[int, tuple[Any, str]]:
-    """Every config in the model, with the attention that it names."""
+    """Every config in the model, with the attention that it names; sdpa, where it names ours."""
     found = {}
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     while configs:
         config = configs.pop()
         if id(config) not in found:
-            found[id(config)] = (config, config._attn_implementation_internal)
+            own = config._attn_implementation_internal
+            found[id(config)] = (config, "sdpa" if own == ATTENTION_NAME else own)
             configs.extend(sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None)
     return found
 

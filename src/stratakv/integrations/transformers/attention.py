@@ -10,13 +10,13 @@ from torch import Tensor
 from stratakv.attention import AttentionBackend, AttentionOptions, ReferenceBackend
 from stratakv.attention.reference import attend_tensors
 from stratakv.errors import UnsupportedError
-from stratakv.integrations.transformers.cache import ATTENTION_NAME
 from stratakv.integrations.transformers.compat import (
     ALL_ATTENTION_FUNCTIONS,
     ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionInterface,
     AttentionMaskInterface,
 )
+from stratakv.integrations.transformers.state import ATTENTION_NAME
 from stratakv.integrations.transformers.tickets import redeem
 
 

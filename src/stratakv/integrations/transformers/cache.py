@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,34 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stratakv.blocks.batch import Checkpoint, SequenceBatch
+from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.geometry import build_spec
-from stratakv.blocks.memory import Memory, MemoryUsage
+from stratakv.blocks.memory import Memory
 from stratakv.codecs import codec_names
-from stratakv.errors import ConfigurationError, FingerprintError, StateError, UnsupportedError
-from stratakv.integrations.transformers import recurrent
+from stratakv.errors import FingerprintError, StateError, UnsupportedError
 from stratakv.integrations.transformers.compat import (
-    Cache,
     DynamicLayer,
     PreTrainedModel,
-    positive_crop_keeps,
     query_length,
 )
-from stratakv.integrations.transformers.geometry import attention_config, attention_window, layer_specs, template_layers
-from stratakv.integrations.transformers.layers import HybridLayer, KVLayer
-from stratakv.integrations.transformers.tickets import Epoch, issue
-from stratakv.plan import KeepPlan
+from stratakv.integrations.transformers.geometry import layer_specs, template_layers
+from stratakv.integrations.transformers.layers import KVLayer
+from stratakv.integrations.transformers.state import CacheState
+from stratakv.integrations.transformers.tickets import issue
 from stratakv.policies import RetentionPolicy
 from stratakv.spec import CacheSpec, LayerSpec
 from stratakv.units import parse_bytes
 
-ATTENTION_NAME = "stratakv"
-"""The name under which our attention and mask functions are registered with transformers."""
-
 FORMAT_OF_DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
+class KVCache(CacheState):
     """Keys and values of past tokens, in pages. Made with `KVCache.for_model`; see there.
 
     Two numbers are kept apart: `seen_tokens` are positions, `stored_tokens` are rows. A forward through a model is
@@ -52,20 +45,13 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
         batch: SequenceBatch,
         layers: list[Any],
         *,
-        attachable: bool,
+        attachable: bool = True,
         needs_wrapper: bool = False,
     ) -> None:
-        self.batch = batch
-        self._config = attention_config(model)
-        self._model = weakref.ref(model)
-        self._attachable = attachable
+        super().__init__(model, batch, layers, attachable=attachable)
         self.needs_wrapper = needs_wrapper
         self.announced = False
         """Whether the wrapper was asked for a length since the last forward, as every forward through it does first."""
-        self._epoch = Epoch()
-        self.dtypes: dict[int, torch.dtype] = {}  # what each layer's attention computes in, from its first rows
-        self.token_ids: tuple[tuple[int, ...], ...] | None = None
-        super().__init__(layers=[self._handle(index, layer) for index, layer in enumerate(layers)])
 
     @classmethod
     def for_model(
@@ -145,59 +131,6 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
         )
         return EncoderDecoderKVCache(own_cache, cache(cross, None, is_self=False))
 
-    # What it holds
-
-    @property
-    def spec(self) -> CacheSpec:
-        """Layers, groups and pages."""
-        return self.batch.memory.spec
-
-    @property
-    def capacity(self) -> int | None:
-        """Tokens a sequence can hold, or None for no limit."""
-        return self.spec.capacity
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes really held, by this cache and its forks together."""
-        states: int = sum(
-            tensor.numel() * tensor.element_size()
-            for layer in self._recurrent_layers()
-            for copied in (recurrent.states_of(layer),)
-            for name in recurrent.STATE_NAMES
-            for tensor in copied[name].values()
-            if tensor is not None
-        )
-        return self.batch.memory.nbytes + states
-
-    @property
-    def seen_tokens(self) -> int:
-        """Positions: tokens that were fed and not taken back."""
-        return self.batch.seen_tokens
-
-    @property
-    def stored_tokens(self) -> int:
-        """Rows stored for each sequence, in the layers that store most."""
-        return self.batch.stored_tokens
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences held, or -1 while empty."""
-        return len(self.batch.sequences) or -1
-
-    @property
-    def is_attached(self) -> bool:
-        """Whether the model computes attention over this cache with our own function."""
-        return self._attachable and self._config._attn_implementation == ATTENTION_NAME
-
-    def check(self) -> MemoryUsage:
-        """Verify the books: free + held + cached = total, every reference count, every length.
-
-        Raises:
-            InvariantError: they do not add up.
-        """
-        return self.batch.memory.check()
-
     # A step
 
     def update(
@@ -260,13 +193,6 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
         index = layer_idx if isinstance(layer, KVLayer) else self._first_kv_layer().index
         return self.mask_sizes(index, query_length(query))
 
-    def mask_sizes(self, layer_idx: int, n_queries: int) -> tuple[int, int]:
-        """As `get_mask_sizes`, for an attention layer. Columns are consecutive positions, whatever rows are stored."""
-        seen = self.batch.layer_length(layer_idx)
-        window = self.layers[layer_idx].window
-        visible = seen if window is None else min(seen, window - 1)
-        return visible + n_queries, seen - visible
-
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """The capacity, or -1 for no limit; of one layer, where named."""
         if layer_idx is None:
@@ -276,134 +202,6 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         """`get_max_length` under its older name."""
         return self.get_max_length(layer_idx)
-
-    # Going back
-
-    def truncate(self, n_tokens: int) -> None:
-        """Keep the first `n_tokens` tokens. What an incomplete forward left is taken back first.
-
-        Raises:
-            StateError: rows that a run of that length would still see are gone, or a recurrent state cannot go back.
-        """
-        n_remove = self.batch.seen_tokens - n_tokens
-        if n_remove > 0:
-            for layer in self._recurrent_layers():
-                recurrent.check_croppable(layer, n_remove)
-        self._epoch.advance()
-        self.batch.truncate(n_tokens)
-        for layer in self._recurrent_layers():
-            if layer.record_past:
-                recurrent.crop_states(layer, n_remove)
-        if self.token_ids is not None:
-            self.token_ids = tuple(ids[:n_tokens] for ids in self.token_ids)
-
-    def crop(self, tokens: int = 0) -> None:
-        """transformers' verb: 0 removes nothing, -k removes the last k tokens (all, where there are fewer).
-
-        A positive k keeps k tokens where the installed transformers means that (below 5.15). With past recording on,
-        rows that left a window are let go now.
-
-        Raises:
-            ConfigurationError: a positive k in a version where that is an error.
-            StateError: as `truncate`.
-        """
-        if tokens > 0 and not positive_crop_keeps:
-            raise ConfigurationError(
-                f"crop takes 0 or -k to remove k tokens, got {tokens}; use truncate({tokens}) to keep"
-            )
-        target = min(tokens, self.seen_tokens) if tokens > 0 else max(self.seen_tokens + tokens, 0)
-        self.truncate(target)
-        if self.batch.recording:
-            self.batch.evict()
-
-    def activate_past_recording(self) -> None:
-        """Keep rows that leave a window until the next `crop`, so that drafts can be taken back."""
-        self.batch.recording = True
-        for layer in self._recurrent_layers():
-            layer.record_past = True
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        """Whether rows that leave a window are kept until the next `crop`."""
-        return bool(getattr(self.layers[layer_idx], "record_past", False))
-
-    def checkpoint(self) -> CacheCheckpoint:
-        """A state to come back to with `rollback`, as often as wanted. Costs no copy of what is stored."""
-        return CacheCheckpoint(self)
-
-    def rollback(self, mark: CacheCheckpoint) -> None:
-        """Return to `mark`.
-
-        Raises:
-            StateError: it was released, or made from another cache. Nothing was changed.
-        """
-        self.batch.rollback(mark.rows)
-        self._epoch.advance()
-        for index, states in mark.states.items():
-            recurrent.restore_states(self.layers[index], states)
-        self.token_ids = mark.token_ids
-
-    def reset(self) -> None:
-        """Forget everything, the batch size too."""
-        self._epoch.advance()
-        self.batch.reset()
-        for layer in self._recurrent_layers():
-            recurrent.reset_states(layer)
-        self.token_ids = None
-
-    def fork(self) -> KVCache:
-        """A cache of its own that shares all blocks with this one; either copies a block before it writes into it."""
-        twin = self.__class__.__new__(self.__class__)
-        twin.__dict__.update(self.__dict__)
-        twin.batch = self.batch.fork()
-        twin._epoch = Epoch()
-        twin.dtypes = dict(self.dtypes)
-        twin.layers = [
-            layer.rebound(twin) if isinstance(layer, KVLayer) else _copied_layer(layer) for layer in self.layers
-        ]
-        return twin
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
-        return self.fork()
-
-    def __reduce__(self) -> Any:
-        raise UnsupportedError("a KVCache is not pickled; use cache.save(path) and KVCache.load(path, model)")
-
-    def compact(self, plan: KeepPlan) -> None:
-        """Keep only the rows of `plan`, in the layers that have no window of the model's own.
-
-        Raises:
-            UnsupportedError: the model is not attached, so its mask would show the dropped rows.
-            ConfigurationError: positions that are not stored. Nothing was changed.
-        """
-        if not self.is_attached:
-            raise UnsupportedError("the model's mask would show the dropped rows; call stratakv.attach(model) first")
-        self.batch.compact(plan)
-        self._epoch.advance()
-
-    # The batch
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let sequence `beam_idx[i]` become sequence i. Copies nothing."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences at `indices`, in that order."""
-        chosen = torch.as_tensor(indices)
-        if chosen.dtype == torch.bool:
-            chosen = chosen.nonzero().flatten()
-        self._epoch.advance()
-        if self.batch.sequences:
-            self.batch.select(chosen.tolist())
-        for layer in self._recurrent_layers():
-            recurrent.map_states(layer, lambda state: state.index_select(0, chosen.to(state.device)))
-        if self.token_ids is not None:
-            self.token_ids = tuple(self.token_ids[i] for i in chosen.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Have every sequence `repeats` times, side by side. Copies nothing."""
-        n = len(self.batch.sequences)
-        if n:
-            self.batch_select_indices(torch.arange(n).repeat_interleave(repeats))
 
     # Files
 
@@ -468,14 +266,6 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
     # What transformers asks
 
     @property
-    def model(self) -> PreTrainedModel:
-        """The model that this cache was made for."""
-        model = self._model()
-        if model is None:
-            raise StateError("the model that this cache was made for is gone")
-        return model
-
-    @property
     def is_initialized(self) -> bool:
         """Whether memory for the first tokens exists."""
         return bool(self.batch.sequences)
@@ -515,6 +305,7 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
         if self.needs_wrapper and not self.announced:
             raise UnsupportedError(_BARE_DECODER_CACHE)
         self.announced = False
+        self._fed.check(self.batch.seen_tokens, between_forwards=False)
         self.batch.begin(key_states.shape[0], key_states.shape[2])
         self._epoch.advance()
         self.token_ids = None
@@ -526,49 +317,11 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
         if shown != known:
             self.batch.respec_layer(shown)
 
-    def _handle(self, index: int, layer: Any) -> Any:
-        if not isinstance(layer, DynamicLayer):
-            return _copied_layer(layer)
-        window = attention_window(layer)
-        if recurrent.has_states(layer):
-            return HybridLayer(self, index, window, layer.number_of_states)
-        return KVLayer(self, index, window)
-
     def _first_kv_layer(self) -> KVLayer:
         return next(layer for layer in self.layers if isinstance(layer, KVLayer))
-
-    def _recurrent_layers(self) -> list[Any]:
-        return [layer for layer in self.layers if recurrent.has_states(layer)]
 
 
 _BARE_DECODER_CACHE = (
     "a decoder's cache alone was passed to an encoder-decoder model, whose cross-attention would store its rows "
     "between the decoder's own; pass the EncoderDecoderKVCache that for_model returned"
 )
-
-
-class CacheCheckpoint:
-    """A state of a `KVCache`. Holds blocks until it is released or garbage collected."""
-
-    def __init__(self, cache: KVCache) -> None:
-        self.rows: Checkpoint = cache.batch.checkpoint()
-        self.states = {
-            index: recurrent.states_of(layer) for index, layer in enumerate(cache.layers) if recurrent.has_states(layer)
-        }
-        self.token_ids = cache.token_ids
-
-    @property
-    def seen_tokens(self) -> int:
-        """Tokens that the cache had seen."""
-        return self.rows.seen_tokens
-
-    def release(self) -> None:
-        """Let go of the blocks."""
-        self.rows.release()
-
-
-def _copied_layer(layer: Any) -> Any:
-    """A copy of one of transformers' own layers, which may hold recurrent states."""
-    import copy
-
-    return copy.deepcopy(layer)

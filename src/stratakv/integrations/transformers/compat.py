@@ -39,12 +39,16 @@ __all__ = [
     "default_layers",
     "positive_crop_keeps",
     "query_length",
+    "states_go_through_cache",
 ]
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 positive_crop_keeps = VERSION < (5, 15)
 """Whether `crop(k)` with a positive k means "keep k tokens". Since 5.15 it is an error."""
+
+states_go_through_cache = hasattr(Cache, "get_conv_state")
+"""Whether models reach recurrent states by verbs of the cache alone, so that it sees each forward that feeds them."""
 
 KV_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 

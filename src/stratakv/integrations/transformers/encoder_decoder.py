@@ -9,7 +9,8 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from stratakv.blocks.memory import MemoryUsage
 from stratakv.errors import StateError, UnsupportedError
-from stratakv.integrations.transformers.cache import CacheCheckpoint, KVCache
+from stratakv.integrations.transformers.cache import KVCache
+from stratakv.integrations.transformers.state import CacheCheckpoint
 
 
 class EncoderDecoderKVCache(EncoderDecoderCache):  # type: ignore[misc]  # transformers is untyped

@@ -12,7 +12,7 @@ from stratakv.errors import StateError, UnsupportedError
 from stratakv.integrations.transformers.compat import CacheLayerMixin, LinearAttentionLayer, query_length
 
 if TYPE_CHECKING:
-    from stratakv.integrations.transformers.cache import KVCache
+    from stratakv.integrations.transformers.state import CacheState
 
 
 class KVLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
@@ -28,14 +28,14 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, cache: KVCache, index: int, window: int | None) -> None:
+    def __init__(self, cache: CacheState, index: int, window: int | None) -> None:
         # The parent's constructor would set `keys` and `values`, which are computed here.
         self._cache = weakref.ref(cache)
         self.index = index
         self.window = window
 
     @property
-    def cache(self) -> KVCache:
+    def cache(self) -> CacheState:
         """The owner."""
         cache = self._cache()
         if cache is None:
@@ -81,7 +81,8 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new rows through the cache."""
-        return self.cache.update(key_states, value_states, self.index, *args, **kwargs)
+        rows: tuple[Tensor, Tensor] = self.cache.update(key_states, value_states, self.index, *args, **kwargs)
+        return rows
 
     def get_seq_length(self) -> int:
         """Tokens seen by this layer."""
@@ -123,7 +124,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
         """Keep rows that leave a window until the next crop."""
         self.record_past = True
 
-    def rebound(self, cache: KVCache) -> KVLayer:
+    def rebound(self, cache: CacheState) -> KVLayer:
         """The same handle on another cache."""
         return type(self)(cache, self.index, self.window)
 
@@ -144,7 +145,7 @@ if LinearAttentionLayer is not None:
     class HybridLayer(KVLayer, LinearAttentionLayer):  # type: ignore[misc]  # transformers is untyped
         """A layer with attention and a recurrent state. The state is transformers' own; the rows are ours."""
 
-        def __init__(self, cache: KVCache, index: int, window: int | None, number_of_states: int = 1) -> None:
+        def __init__(self, cache: CacheState, index: int, window: int | None, number_of_states: int = 1) -> None:
             LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
             KVLayer.__init__(self, cache, index, window)
 
@@ -160,7 +161,7 @@ if LinearAttentionLayer is not None:
             if kwargs:
                 LinearAttentionLayer.lazy_initialization(self, **kwargs)
 
-        def rebound(self, cache: KVCache) -> HybridLayer:
+        def rebound(self, cache: CacheState) -> HybridLayer:
             """The same rows' handle on another cache, with a copy of the recurrent state."""
             twin = HybridLayer(cache, self.index, self.window, self.number_of_states)
             for name, value in self.__dict__.items():
