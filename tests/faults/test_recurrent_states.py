@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 # (model type, layer at which the forward stops): before the only attention layer, in it, and behind it, where the
 # rows are complete and the states are not; in the last, rows and states stand in the same layers.
-STOPS = [("jamba", 2), ("jamba", 4), ("jamba", 6), ("qwen3_next", 3), ("falcon_h1", 1)]
+STOPS = [("jamba", 2), ("jamba", 4), ("jamba", 6), ("qwen3_next", 3), ("falcon_h1", 1), ("lfm2", 2)]
 
 
 @functools.cache
@@ -73,3 +73,17 @@ def test_states_can_go_back_to_a_checkpoint_and_live_in_forks(model_type: str) -
     cache.batch_select_indices(torch.tensor([1]))
     cache.check()
     assert cache.batch_size == 1
+
+
+def test_convolution_states_are_cut_back_where_their_past_was_recorded() -> None:
+    tiny = hybrid("lfm2")
+    ids = tiny.inputs(12, batch=2, seed=5)["input_ids"]
+    cache = KVCache.for_model(tiny.model)
+    fed_logits(tiny.model, cache, ids[:, :5])
+    with pytest.raises(StateError, match="activate_past_recording"):
+        cache.truncate(4)
+    cache.activate_past_recording()
+    fed_logits(tiny.model, cache, torch.cat([ids[:, 5:6], ids[:, :3]], dim=1))  # one right token and three to take back
+    cache.crop(-3)
+    expected = uncached_logits(tiny.model, ids)[:, 6:]
+    assert_logits_equal(fed_logits(tiny.model, cache, ids[:, 6:], [1, 2, 3]), expected, tolerance=3e-4)

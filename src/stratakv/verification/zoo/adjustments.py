@@ -58,6 +58,10 @@ ADJUSTMENTS: Mapping[str, Adjustment] = {
     # Without position ids its rotary embedding starts at 0 in every call; generate always gives them.
     "bamba": Adjustment(_NO_ATTENTION, {"num_hidden_layers": 2, "attn_layer_indices": [1]}, needs_positions=True),
     "granitemoehybrid": Adjustment(_NO_ATTENTION, {"num_hidden_layers": 2, "layer_types": _HYBRID}),
+    "lfm2": Adjustment(
+        "the default config has attention only; released checkpoints are hybrids",
+        {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+    ),
     "lfm2_moe": Adjustment(_UNSET, {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}),
     "deepseek_v2": Adjustment(_UNSET, {"num_experts_per_tok": 2}),
     "dots1": Adjustment(_UNSET, {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}),
