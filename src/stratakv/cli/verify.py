@@ -133,8 +133,8 @@ def _cuts(report: VerifyReport, name: str) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("first divergence")
     for cut in report.cuts:
-        if cut.refused is not None:
-            table.add_row(cut.name, "refused", "", "", "", cut.refused)
+        if cut.refused is not None or cut.raised is not None:
+            table.add_row(cut.name, "refused" if cut.refused else "fail", "", "", "", cut.refused or cut.raised)
             continue
         where = ""
         if (found := cut.first_divergence) is not None:

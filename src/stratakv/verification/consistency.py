@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from stratakv.codecs import get_codec
-from stratakv.errors import ConfigurationError, StateError, UnsupportedError
+from stratakv.errors import ConfigurationError, StrataKVError, UnsupportedError
 from stratakv.integrations.transformers import KVCache
 from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword
 from stratakv.integrations.transformers.quiet import quiet_transformers
 from stratakv.policies import RetentionPolicy
 from stratakv.spec import CacheSpec
-from stratakv.verification.cuts import CUTS, Cut, Feeder, stacked
+from stratakv.verification.cuts import CUTS, Cut, CutRefusedError, Feeder, stacked
 from stratakv.verification.oracle import RoundingCache
 from stratakv.verification.report import CutResult, Divergence, VerifyReport
 
@@ -95,9 +95,11 @@ def _run_cut(
     feeder = Feeder(model, cache, ids)
     try:
         cut(feeder)
-    except (StateError, UnsupportedError) as error:
-        return CutResult(name, passed=False, refused=str(error))
-    cache.check()
+        cache.check()
+    except CutRefusedError as refusal:
+        return CutResult(name, passed=False, refused=str(refusal))
+    except StrataKVError as error:
+        return CutResult(name, passed=False, raised=f"{type(error).__name__}: {error}")
     oracle = _oracle(model, feeder, mask)
     logits = stacked(feeder.logits)
     assert logits is not None, "a cut must feed every token"

@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stratakv.errors import StateError, StrataKVError
 from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword
 from stratakv.integrations.transformers.layers import KVLayer
+
+
+class CutRefusedError(StrataKVError):
+    """Tokens cannot be taken back out of what this model keeps."""
 
 
 class Feeder:
@@ -44,6 +49,17 @@ class Feeder:
         """Feed tokens that do not belong to the sequence, to be taken back afterwards."""
         wrong = self.token_ids[:, :n_tokens].flip(1) + 1
         self._forward(wrong % self.model.get_input_embeddings().weight.shape[0])
+
+    def take_back(self, n_tokens: int) -> None:
+        """Crop the last tokens.
+
+        Raises:
+            CutRefusedError: the cache says that it cannot.
+        """
+        try:
+            self.cache.crop(-n_tokens)
+        except StateError as error:
+            raise CutRefusedError(str(error)) from error
 
     def _forward(self, ids: Tensor) -> Any:
         keyword = cache_keyword(self.model)
@@ -121,19 +137,20 @@ def truncate_and_refeed(feeder: Feeder) -> None:
         feeder.feed(start, stop)
         feeder.cache.activate_past_recording()
         feeder.feed_wrong(5)
-        feeder.cache.crop(-5)
+        feeder.take_back(5)
         start = stop
 
 
 def roll_back(feeder: Feeder) -> None:
-    """Twice on the way, wrong tokens are fed and a checkpoint is returned to."""
+    """Twice on the way, a checkpoint is returned to, twice from wrong tokens."""
     n = feeder.token_ids.shape[1]
     start = 0
     for stop in sorted({max(n // 3, 1), max(2 * n // 3, 1), n}):
         feeder.feed(start, stop)
         mark = feeder.cache.checkpoint()
-        feeder.feed_wrong(5)
-        feeder.cache.rollback(mark)
+        for _ in range(2):
+            feeder.feed_wrong(5)
+            feeder.cache.rollback(mark)
         mark.release()
         start = stop
 

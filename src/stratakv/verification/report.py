@@ -35,7 +35,9 @@ class CutResult:
         kl: mean KL divergence of the next-token distribution from the exact model's, in nats.
         top1: share of positions at which the likeliest next token is the exact model's.
         first_divergence: where it first went too far, or None.
-        refused: why the cache cannot be fed this way, or None. A refused cut neither passes nor fails.
+        refused: why the model's state cannot go back as the cut asks (a recurrent state, say), or None. A refused cut
+            neither passes nor fails.
+        raised: the error that ended the cut early, which fails it, or None. There are no figures then.
     """
 
     name: str
@@ -45,6 +47,7 @@ class CutResult:
     top1: float = 1.0
     first_divergence: Divergence | None = None
     refused: str | None = None
+    raised: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
