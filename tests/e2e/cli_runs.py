@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 from typer.testing import CliRunner
 
 from stratakv.cli.app import build_app
@@ -17,12 +15,6 @@ FIELDS = {
     "text", "prompt_tokens", "generated_tokens", "seconds", "tokens_per_second", "kv_bytes", "seen_tokens",
     "stored_tokens", "waste", "format", "layout", "model", "stop_reason",
 }  # fmt: skip
-
-
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models tests' own cache: whoever comes first converts the model, for the whole session."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2-cache"
 
 
 def run(*args: str, stdin: str | None = None) -> Any:

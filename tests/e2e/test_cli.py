@@ -10,22 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_runs import FIELDS, is_one_sentence, run, shared_cache, start
+from cli_runs import FIELDS, is_one_sentence, run, start
 
 from stratakv.cli import options
 
+pytestmark = pytest.mark.usefixtures("using_smollm2_cache")
+
 PROMPT = "The three primary colours are"
 KV_BYTES_A_TOKEN = 30 * 2 * 3 * 64 * 4  # layers, K and V, heads, head dim, fp32
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_cache(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def using_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STRATAKV_CACHE_DIR", str(cache))
 
 
 def test_generate_streams_text_and_sums_up_on_stderr() -> None:

@@ -9,22 +9,14 @@ from typing import Any
 
 import pytest
 import typer
-from cli_runs import is_one_sentence, run, shared_cache
+from cli_runs import is_one_sentence, run
 from typer.testing import CliRunner
 
 from stratakv.cli import options
 from stratakv.cli.app import COMMANDS, build_app
 from stratakv.errors import CapacityError, InvariantError
 
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_cache(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def using_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STRATAKV_CACHE_DIR", str(cache))
+pytestmark = pytest.mark.usefixtures("using_smollm2_cache")
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_runs import FIELDS, is_one_sentence, run, shared_cache, start
+from cli_runs import FIELDS, is_one_sentence, run, start
 
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_cache(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def using_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STRATAKV_CACHE_DIR", str(cache))
+pytestmark = pytest.mark.usefixtures("using_smollm2_cache")
 
 
 def test_chat_feeds_only_what_is_new_and_reset_forgets() -> None:
@@ -70,11 +62,11 @@ def test_ctrl_c_in_a_chat_takes_back_the_turn_and_the_chat_goes_on() -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded(cache: Path) -> Iterator[Any]:
+def loaded(smollm2_cache: Path) -> Iterator[Any]:
     from stratakv.models import load
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STRATAKV_CACHE_DIR", str(cache))
+        patch.setenv("STRATAKV_CACHE_DIR", str(smollm2_cache))
         yield load()
 
 

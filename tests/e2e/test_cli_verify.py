@@ -6,22 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_runs import is_one_sentence, run, shared_cache
+from cli_runs import is_one_sentence, run
 
 from stratakv.verification.architectures import ArchitectureReport, ArchitectureRow, markdown
 from stratakv.verification.cuts import CUTS
 
+pytestmark = pytest.mark.usefixtures("using_smollm2_cache")
+
 ROW = {"name", "model_type", "gathered", "attached", "dynamic_cache", "reason"}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_cache(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def using_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STRATAKV_CACHE_DIR", str(cache))
 
 
 def test_smollm2_passes_every_cut() -> None:

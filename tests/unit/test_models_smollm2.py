@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -42,31 +41,24 @@ class Stages:
         self.shares.append(done / total)
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for all workers of pytest-xdist: whoever comes first converts, the others wait for it."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2-cache"
-
-
 @contextmanager
-def using(cache: Path) -> Iterator[None]:
+def using(smollm2_cache: Path) -> Iterator[None]:
     """Set the cache for one load only: other files' tests in this session have their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STRATAKV_CACHE_DIR", str(cache))
+        patch.setenv("STRATAKV_CACHE_DIR", str(smollm2_cache))
         yield
 
 
 @pytest.fixture(scope="session")
-def first(cache: Path) -> LoadedModel:
-    with using(cache):
+def first(smollm2_cache: Path) -> LoadedModel:
+    with using(smollm2_cache):
         return load()
 
 
 @pytest.fixture(scope="session")
-def second(first: LoadedModel, cache: Path) -> tuple[LoadedModel, float, Stages]:
+def second(first: LoadedModel, smollm2_cache: Path) -> tuple[LoadedModel, float, Stages]:
     stages = Stages()
-    with using(cache):
+    with using(smollm2_cache):
         start = time.perf_counter()
         loaded = load("smollm2", progress=stages)
         return loaded, time.perf_counter() - start, stages

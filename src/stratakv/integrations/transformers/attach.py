@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stratakv.errors import StrataKVError, UnsupportedError
+from stratakv.integrations.transformers import recurrent
 from stratakv.integrations.transformers.attention import register
 from stratakv.integrations.transformers.cache import KVCache
-from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword
-from stratakv.integrations.transformers.geometry import attention_config, decoder_config
+from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword, forward_parameters
+from stratakv.integrations.transformers.geometry import attention_config, decoder_config, template_layers
 from stratakv.integrations.transformers.quiet import quiet_transformers
 from stratakv.integrations.transformers.state import ATTENTION_NAME
 
 PROBE_TOKENS = 12
 PROBE_CHUNKS = (7, 1, 1, 3)
+PROBE_CHUNKS_OF_STATES = (9, 1, 1, 1)
+"""Many models with recurrent states take several tokens in the first forward only, whatever cache they use."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def attach(model: PreTrainedModel, *, probe_inputs: Mapping[str, Tensor] | None 
     try:
         with torch.no_grad(), quiet_transformers():
             inputs = _probe_inputs(model, probe_inputs)
-            expected = _logits(model(**inputs, use_cache=False))
+            expected = _logits(model, inputs, use_cache=False)
             model.set_attn_implementation(ATTENTION_NAME)
             if config._attn_implementation != ATTENTION_NAME:
                 raise UnsupportedError(f"{name} computes attention in code of its own and takes no other function")
@@ -82,6 +87,7 @@ def attach(model: PreTrainedModel, *, probe_inputs: Mapping[str, Tensor] | None 
     elif max_abs > _tolerance(model.dtype) * max(scale, 1.0):
         reason = (
             f"its logits differ by {max_abs:.3g} at a size of {scale:.3g}: its attention has a term ours does not see"
+            + (", or its dropout is at work: call model.eval()" if model.training else "")
         )
     else:
         return Attachment(model, before, max_abs, scale)
@@ -97,33 +103,37 @@ def _tolerance(dtype: torch.dtype) -> float:
 def _probe_inputs(model: PreTrainedModel, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     config = decoder_config(model.config)
     inputs = dict(given or {})
-    ids_name = "decoder_input_ids" if getattr(model.config, "is_encoder_decoder", False) else "input_ids"
-    special = {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "unk", "mask")}
-    usable = [i for i in range(config.vocab_size - 1, 0, -1) if i not in special][:997]
+    is_encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    ids_name = "decoder_input_ids" if is_encoder_decoder else "input_ids"
+    special = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "unk", "mask")]
+    hidden = {i for ids in special for i in (ids if isinstance(ids, list) else [ids])}
+    usable = [i for i in range(config.vocab_size - 1, 0, -1) if i not in hidden][:997]
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(usable), (1, PROBE_TOKENS), generator=generator)
-    ids = torch.tensor(usable)[picks].to(model.device)
-    inputs.setdefault(ids_name, ids)
-    if ids_name == "decoder_input_ids" and model.main_input_name == "input_ids":
+    ids = inputs.setdefault(ids_name, torch.tensor(usable)[picks].to(model.device))
+    if is_encoder_decoder and model.main_input_name == "input_ids":
         inputs.setdefault("input_ids", ids.flip(1))
+    if not is_encoder_decoder and "position_ids" in forward_parameters(model):
+        # As `generate` does: some models count from 0 in every forward that is not told.
+        inputs.setdefault("position_ids", torch.arange(ids.shape[1], device=ids.device).expand(ids.shape))
     return inputs
 
 
 def _cached_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    ids_name = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
     cache = KVCache.for_model(model)
-    ids = inputs[ids_name]
-    others = {key: value for key, value in inputs.items() if key != ids_name}
-    n_left = ids.shape[1] - sum(PROBE_CHUNKS)
-    pieces = ids.split([*PROBE_CHUNKS, n_left], dim=1) if n_left > 0 else ids.split(list(PROBE_CHUNKS), dim=1)
-    keyword = cache_keyword(model)
-    return torch.cat(
-        [_logits(model(**{ids_name: piece, keyword: cache}, **others, use_cache=True)) for piece in pieces],
-        dim=1,
-    )
+    sliced = ("decoder_input_ids",) if "decoder_input_ids" in inputs else ("input_ids", "position_ids")
+    n_tokens = inputs[sliced[0]].shape[1]
+    sizes = PROBE_CHUNKS_OF_STATES if any(map(recurrent.has_states, template_layers(model.config))) else PROBE_CHUNKS
+    starts = [start for start in accumulate(sizes, initial=0) if start < n_tokens]
+    pieces = []
+    for start, stop in pairwise([*starts, n_tokens]):
+        piece = {name: value[:, start:stop] if name in sliced else value for name, value in inputs.items()}
+        pieces.append(_logits(model, piece, **{cache_keyword(model): cache}, use_cache=True))
+    return torch.cat(pieces, dim=1)
 
 
-def _logits(output: Any) -> Tensor:
+def _logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
+    output = model(**copy.deepcopy(dict(inputs)), **options)  # some models change what they are given in place
     logits = output.logits if hasattr(output, "logits") else output[0]
     assert isinstance(logits, Tensor)
     return logits.float()

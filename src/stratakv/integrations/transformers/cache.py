@@ -50,8 +50,9 @@ class KVCache(CacheState):
     ) -> None:
         super().__init__(model, batch, layers, attachable=attachable)
         self.needs_wrapper = needs_wrapper
-        self.announced = False
-        """Whether the wrapper was asked for a length since the last forward, as every forward through it does first."""
+        self.reached = False
+        """Of an encoder-decoder's: whether the model got here by the wrapper since the last step began. Where it holds
+        this cache alone, cross-attention stores its rows here, in a step of their own that no wrapper announced."""
 
     @classmethod
     def for_model(
@@ -302,9 +303,9 @@ class KVCache(CacheState):
         )
 
     def _begin(self, key_states: Tensor) -> None:
-        if self.needs_wrapper and not self.announced:
+        if self.needs_wrapper and not self.reached:
             raise UnsupportedError(_BARE_DECODER_CACHE)
-        self.announced = False
+        self.reached = False
         self._fed.check(self.batch.seen_tokens, between_forwards=False)
         self.batch.begin(key_states.shape[0], key_states.shape[2])
         self._epoch.advance()

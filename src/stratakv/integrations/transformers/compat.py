@@ -37,6 +37,7 @@ __all__ = [
     "PreTrainedModel",
     "cache_keyword",
     "default_layers",
+    "forward_parameters",
     "positive_crop_keeps",
     "query_length",
     "states_go_through_cache",
@@ -75,7 +76,10 @@ def query_length(argument: int | torch.Tensor) -> int:
 
 def cache_keyword(model: PreTrainedModel) -> str:
     """The keyword under which the forward takes a cache: `cache` in newer versions, `past_key_values` before."""
-    parameters = inspect.signature(inspect.unwrap(type(model).forward)).parameters
-    return next(
-        (name for name in ("cache", "past_key_values", "cache_params") if name in parameters), "past_key_values"
-    )
+    names = forward_parameters(model)
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in names), "past_key_values")
+
+
+def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the arguments that the model's forward takes."""
+    return frozenset(inspect.signature(inspect.unwrap(type(model).forward)).parameters)

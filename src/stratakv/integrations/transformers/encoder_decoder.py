@@ -24,12 +24,21 @@ class EncoderDecoderKVCache(EncoderDecoderCache):  # type: ignore[misc]  # trans
         cross_attention_cache: rows of the encoder's output.
     """
 
-    self_attention_cache: KVCache
     cross_attention_cache: KVCache
 
     def __init__(self, self_attention_cache: KVCache, cross_attention_cache: KVCache) -> None:
         super().__init__(self_attention_cache, cross_attention_cache)
         self.is_updated = dict.fromkeys(range(len(self_attention_cache.layers)), False)
+
+    @property
+    def self_attention_cache(self) -> KVCache:
+        """The rows of the decoder's tokens. Models reach for it here in every forward; see `KVCache.reached`."""
+        self._self_attention_cache.reached = True
+        return self._self_attention_cache
+
+    @self_attention_cache.setter
+    def self_attention_cache(self, cache: KVCache) -> None:
+        self._self_attention_cache = cache
 
     @property
     def nbytes(self) -> int:
@@ -54,16 +63,6 @@ class EncoderDecoderKVCache(EncoderDecoderCache):  # type: ignore[misc]  # trans
     def check(self) -> tuple[MemoryUsage, MemoryUsage]:
         """Verify the books of both caches."""
         return self.self_attention_cache.check(), self.cross_attention_cache.check()
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Decoder tokens seen."""
-        self.self_attention_cache.announced = True
-        return self.self_attention_cache.get_seq_length(layer_idx)
-
-    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
-        """(columns, position of the first column) of the mask for new decoder tokens."""
-        self.self_attention_cache.announced = True
-        return self.self_attention_cache.get_mask_sizes(query_length, layer_idx)
 
     def check_dynamic_cache(self, method: str) -> None:
         """Nothing to refuse: both caches can do all that transformers asks of a dynamic cache."""
