@@ -5,17 +5,17 @@ from __future__ import annotations
 import weakref
 from collections import Counter, deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
 
 import torch
 
 from stratakv.blocks.arena import Arena
+from stratakv.blocks.audit import MemoryUsage, audit
 from stratakv.blocks.compaction import plan_compaction
 from stratakv.blocks.geometry import with_block_tokens, with_layer
-from stratakv.blocks.pool import BlockPool, PoolUsage
+from stratakv.blocks.pool import BlockPool
 from stratakv.blocks.sequence import GroupTable, Ledger, Sequence
 from stratakv.codecs import get_codec
-from stratakv.errors import CapacityError, InvariantError, StateError
+from stratakv.errors import CapacityError, StateError
 from stratakv.plan import KeepPlan
 from stratakv.spec import CacheSpec, LayerSpec
 
@@ -24,21 +24,6 @@ SLAB_BYTES = 64 << 20
 
 SLAB_BLOCKS = 16
 """A slab has up to this many blocks, so that a good part of a long prompt's can be given back one by one."""
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryUsage:
-    """Bytes and blocks over all groups. `used_bytes` are rows that hold a token of a live sequence or checkpoint."""
-
-    held_bytes: int
-    used_bytes: int
-    bytes_copied_by_growth: int
-    blocks: PoolUsage
-
-    @property
-    def waste(self) -> float:
-        """Share of the bytes held that stores no token."""
-        return 1 - self.used_bytes / self.held_bytes if self.held_bytes else 0.0
 
 
 class Memory:
@@ -206,25 +191,7 @@ class Memory:
             InvariantError: something does not add up.
         """
         self.settle_orphans()
-        live, cached = list(self._live), list(self._cached)
-        usages = []
-        used = 0
-        for g, (pool, arena) in enumerate(zip(self.ledger.pools, self.arenas, strict=True)):
-            usages.append(pool.check([s.tables[g].block_ids for s in live], [s.tables[g].block_ids for s in cached]))
-            if pool.n_total != arena.n_blocks:
-                raise InvariantError(f"group {g} has {pool.n_total} ids but memory for {arena.n_blocks} blocks")
-            span = arena.spec.block_tokens
-            filled: dict[int, int] = {}
-            for sequence in (*live, *cached):
-                table = sequence.tables[g]
-                if len(table.block_ids) != arena.spec.blocks_for(table.n_rows):
-                    raise InvariantError(f"{len(table.block_ids)} blocks of {span} rows hold {table.n_rows} rows")
-                if any(a + n > b for (a, n), (b, _) in zip(table.runs, table.runs[1:], strict=False)):
-                    raise InvariantError(f"positions do not rise: {table.runs}")
-                for i, block in enumerate(table.block_ids):
-                    filled[block] = max(filled.get(block, 0), min(span, table.n_rows - i * span))
-            used += sum(filled.values()) * arena.spec.bytes_per_block // span
-        return MemoryUsage(self.nbytes, used, sum(a.bytes_copied for a in self.arenas), _summed(usages))
+        return audit(self.arenas, self.ledger.pools, list(self._live), list(self._cached))
 
     def _adopt(self, sequence: Sequence, registry: weakref.WeakSet[Sequence]) -> Sequence:
         registry.add(sequence)
@@ -354,16 +321,3 @@ class Memory:
 
 def _doubled(block_tokens: int, n_rows: int) -> int:
     return block_tokens if n_rows <= block_tokens else max(2 * block_tokens, n_rows)
-
-
-def _summed(usages: Seq[PoolUsage]) -> PoolUsage:
-    total = PoolUsage(0, 0, 0, 0)
-    for usage in usages:
-        total = replace(
-            total,
-            free=total.free + usage.free,
-            held=total.held + usage.held,
-            cached=total.cached + usage.cached,
-            total=total.total + usage.total,
-        )
-    return total

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
-from stratakv.blocks.memory import MemoryUsage
+from stratakv.blocks.audit import MemoryUsage
 from stratakv.errors import StateError, UnsupportedError
 from stratakv.integrations.transformers.cache import KVCache
 from stratakv.integrations.transformers.state import CacheCheckpoint

@@ -9,8 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from stratakv.blocks.audit import MemoryUsage
 from stratakv.blocks.batch import Checkpoint, SequenceBatch
-from stratakv.blocks.memory import MemoryUsage
 from stratakv.errors import ConfigurationError, StateError, UnsupportedError
 from stratakv.integrations.transformers import recurrent
 from stratakv.integrations.transformers.compat import (
