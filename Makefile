@@ -57,4 +57,4 @@ docs: setup
 	$(BIN)/stratakv verify --architectures all --write-docs docs/compatibility.md
 
 clean:
-	rm -rf .venv .venv-oldest .cache build dist
+	rm -rf $(VENV) .venv-oldest .cache build dist

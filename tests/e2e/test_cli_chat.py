@@ -36,7 +36,9 @@ def test_chat_feeds_only_what_is_new_and_reset_forgets() -> None:
 
 def test_a_turn_that_does_not_fit_is_refused_and_the_chat_goes_on() -> None:
     result = run("chat", "--json", "--max-new-tokens", "8000", stdin="word " * 300 + "\n")
-    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.exit_code == 1  # a script that piped it in looks at nothing else
+    assert list(json.loads(result.stdout)) == ["error"]
+    assert "reset" not in result.stderr  # it would not help
     assert is_one_sentence(result.stderr)
     assert "8,192 positions" in result.stderr
 

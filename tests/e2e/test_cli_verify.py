@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from cli_runs import is_one_sentence, run
 
-from stratakv.verification.architectures import ArchitectureReport, ArchitectureRow, markdown
+from stratakv.verification.architectures import COLUMNS, ArchitectureReport, architecture_row, markdown
 from stratakv.verification.cuts import CUTS
+from stratakv.verification.zoo.harness import FeedResult, Outcome
+from stratakv.verification.zoo.survey import Row
 
 pytestmark = pytest.mark.usefixtures("using_smollm2_cache")
 
-ROW = {"name", "model_type", "gathered", "attached", "dynamic_cache", "reason"}
+ROW = {"name", "model_type", "gathered", "attached", "dynamic_cache", "reason", "is_wrong"}
 
 
 def test_smollm2_passes_every_cut() -> None:
@@ -37,10 +39,12 @@ def test_without_json_it_is_a_table() -> None:
     [
         ("--format int3", "'int3' is not one of fp32, bf16, fp16"),
         ("--layout round", "'round' is not one of paged, contiguous, growing"),
-        ("--tokens 7", "--tokens"),
-        ("--tokens 9000", "the model has 8,192 positions"),
+        ("--tokens 0", "--tokens must be at least 1, got 0"),
+        ("--tokens 9000", "more than the model's 8,192 positions"),
         ("--architectures llama,nonsense", "no architecture 'nonsense'"),
         ("--architectures llama --attach", "leave --attach out"),
+        ("--architectures llama --layout contiguous", "leave --layout out"),
+        ("--layout growing --block-tokens 8", "leave --block-tokens out"),
         ("--write-docs table.md", "needs --architectures"),
         ("--architectures llama --write-docs /nonsense/table.md", "not a file in a folder that exists"),
     ],
@@ -67,13 +71,23 @@ def test_architectures_are_rows(tmp_path: Path) -> None:
     assert "| LlamaForCausalLM | llama | pass | pass | pass |  |" in written
 
 
-def test_ours_is_wrong_only_where_transformers_own_is_right() -> None:
-    def report(gathered: str, attached: str, dynamic: str) -> ArchitectureReport:
-        return ArchitectureReport((ArchitectureRow("A", "a", gathered, attached, dynamic, "x|y"),), "5", "2")
+def reported(**failed: tuple[str, ...]) -> ArchitectureReport:
+    """The report on one architecture of which the columns failed in the named feeds, and passed the others."""
+    results = {}
+    for column in COLUMNS:
+        wrong = failed.get(column, ())
+        feeds = tuple(FeedResult(n, "fail" if n in wrong else "pass", 1.0, "x|y") for n in ("single", "chunks"))
+        results[column] = Outcome("fail" if wrong else "pass", "x|y" if wrong else "", 1.0, 0.1, feeds)
+    return ArchitectureReport((architecture_row(Row("A", "a", "causal-lm", True, results)),), "5", "2")
 
-    assert report("pass", "refused", "pass").passed
-    assert report("fail", "fail", "fail").passed
-    assert not report("pass", "fail", "pass").passed
-    assert not report("fail", "pass", "pass").passed
-    assert not ArchitectureReport((ArchitectureRow("A", "a", None, None, None, "no KV cache"),), "5", "2").passed
-    assert "x\\|y |" in markdown(report("pass", "pass", "pass"))
+
+def test_ours_is_wrong_where_transformers_own_is_not_wrong_in_the_same_way() -> None:
+    assert reported().passed
+    assert reported(gathered=("single",), attached=("single",), dynamic_cache=("single",)).passed
+    assert reported(gathered=("single",), dynamic_cache=("single", "chunks")).passed
+    assert not reported(attached=("single",)).passed
+    assert not reported(gathered=("single", "chunks"), dynamic_cache=("single",)).passed
+    assert reported(gathered=("single",)).rows[0].is_wrong
+    nothing = architecture_row(Row("A", "a", "causal-lm", False, {}, "no KV cache"))
+    assert not ArchitectureReport((nothing,), "5", "2").passed
+    assert "x\\|y |" in markdown(reported(gathered=("single",)))

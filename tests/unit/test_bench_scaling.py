@@ -16,7 +16,7 @@ from stratakv.bench.fit import PowerFit, fit_power, fit_timings
 from stratakv.bench.growth import measure_growth
 from stratakv.bench.report import scaling_tables
 from stratakv.bench.samples import Timing
-from stratakv.bench.scaling import SCHEMA, ScalingOptions, ScalingReport, check_lengths, run_scaling
+from stratakv.bench.scaling import SCHEMA, Curve, ScalingOptions, ScalingReport, check_lengths, run_scaling
 from stratakv.errors import ConfigurationError
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -178,6 +178,7 @@ def test_json_has_the_documented_keys(report: ScalingReport) -> None:
     assert set(found["growth"]["paged"][0]) == {"length", "bytes_copied", "row_bytes", "held_bytes", "waste"}
     assert set(found["targets"]) == {
         *(f"cached_{layout}_exponent_at_most_1.1" for layout in ("paged", "contiguous", "growing")),
+        "uncached_exponent_above_cached",
         "paged_growth_copies_nothing",
         "growing_copies_at_most_twice_its_rows",
     }
@@ -185,19 +186,40 @@ def test_json_has_the_documented_keys(report: ScalingReport) -> None:
 
 
 @pytest.mark.parametrize(
-    ("exponent", "low", "verdict"),
-    [(0.0, 0.0, "met"), (1.1, 0.9, "met"), (2.0, 1.0, "undecided"), (1.2, 1.11, "missed")],
+    ("exponent", "low", "high", "verdict"),
+    [
+        (0.9, 0.8, 1.1, "met"),
+        (0.54, 0.1, 3.0, "undecided"),
+        (2.0, 1.0, 3.0, "undecided"),
+        (1.2, 1.11, 3.0, "missed"),
+    ],
 )
 def test_a_target_is_missed_only_where_the_data_say_so(
-    report: ScalingReport, exponent: float, low: float, verdict: str
+    report: ScalingReport, exponent: float, low: float, high: float, verdict: str
 ) -> None:
-    fit = PowerFit(exponent, low, 3.0, 1.0, 1.0, is_flat=False)
+    fit = PowerFit(exponent, low, high, 1.0, 1.0, is_flat=False)
     cached = {"paged": replace(report.cached["paged"], fit=fit)}
     copying = {**report.growth, "paged": [replace(report.growth["paged"][0], bytes_copied=1)]}
     targets = replace(report, cached=cached, growth=copying).targets
     assert targets["cached_paged_exponent_at_most_1.1"] == verdict
     assert targets["paged_growth_copies_nothing"] == "missed"
+    flat = {"paged": replace(report.cached["paged"], fit=replace(fit, is_flat=True))}
+    assert replace(report, cached=flat).targets["cached_paged_exponent_at_most_1.1"] == "met"
     assert targets["growing_copies_at_most_twice_its_rows"] == "met"
+
+
+@pytest.mark.parametrize(
+    ("cached", "uncached", "verdict"),
+    [((0.9, 1.1), (1.2, 1.5), "met"), ((0.9, 1.3), (1.2, 1.5), "undecided"), ((1.6, 1.9), (1.2, 1.5), "missed")],
+)
+def test_running_without_the_cache_must_grow_faster(
+    report: ScalingReport, cached: tuple[float, float], uncached: tuple[float, float], verdict: str
+) -> None:
+    def curve(interval: tuple[float, float]) -> Curve:
+        return replace(report.uncached, fit=PowerFit(sum(interval) / 2, *interval, 1.0, 1.0, is_flat=False))
+
+    found = replace(report, cached={"paged": curve(cached)}, uncached=curve(uncached))
+    assert found.targets["uncached_exponent_above_cached"] == verdict
 
 
 def test_tables_show_every_length_and_verdict(report: ScalingReport) -> None:

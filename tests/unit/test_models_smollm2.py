@@ -73,7 +73,7 @@ def test_package_is_found_and_never_imported(first: LoadedModel) -> None:
 def test_second_load_comes_from_the_cache(second: tuple[LoadedModel, float, Stages], first: LoadedModel) -> None:
     loaded, seconds, stages = second
     assert stages.texts == ["Loading smollm2"]  # neither converted nor even read for its digest
-    assert seconds < 3.0  # 0.5 s on two quiet cores; a conversion takes 20 s
+    assert seconds < 10.0  # 0.5 s on two quiet cores, more on busy ones; a conversion takes 20 s
     assert loaded.digest == first.digest
     assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), first.model.parameters(), strict=True))
 

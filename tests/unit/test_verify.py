@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from stratakv.attention import reference
 from stratakv.blocks.arena import Arena
 from stratakv.blocks.batch import Checkpoint, SequenceBatch
 from stratakv.blocks.sequence import Growth, Sequence
+from stratakv.errors import ConfigurationError
 from stratakv.integrations.transformers import KVCache, attach
 from stratakv.policies import Window
 from stratakv.testing.running import random_ids
@@ -41,6 +43,47 @@ def test_an_attached_model_passes_under_a_policy_that_its_mask_cannot_express(po
     attach(model)
     report = verify(model, IDS, policy=policy, block_tokens=4, poison=True)
     assert report.passed, report.first_divergence
+
+
+@pytest.mark.parametrize("n_tokens", range(1, 9))
+def test_a_right_cache_passes_however_few_the_tokens(n_tokens: int) -> None:
+    report = verify(tiny_llama(), IDS[0, :n_tokens], block_tokens=4, poison=True)
+    assert report.passed, report.first_divergence
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "said"),
+    [
+        ([], "at least one"),
+        ([[1, 2], [3]], "even list"),
+        ([0.5, 1.0], "whole numbers"),
+        ([5, 4000], "must lie in"),
+        (list(range(90)) * 91, "positions"),
+    ],
+)
+def test_tokens_that_cannot_be_fed_are_refused(token_ids: Any, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        verify(tiny_llama(), token_ids)
+
+
+def test_a_cut_that_raises_fails_and_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(Arena, "write", broken)
+    report = verify(tiny_llama(), IDS)
+    assert not report.passed
+    assert {cut.raised for cut in report.cuts} == {"RuntimeError: shape mismatch"}
+    assert (report.max_abs, report.kl, report.top1) == (None, None, None)
+
+
+def test_numbers_that_json_has_not_are_spelt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Arena.read
+    monkeypatch.setattr(Arena, "read", lambda *args: tuple(tensor * torch.nan for tensor in right(*args)))
+    report = verify(tiny_llama(), IDS)
+    found = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert not report.passed
+    assert (found["max_abs"], found["first_divergence"]["error"]) == ("nan", "inf")
 
 
 def positions_one_too_far(patch: pytest.MonkeyPatch) -> None:
@@ -113,28 +156,31 @@ def rows_written_one_too_early(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3])
 @pytest.mark.parametrize(
-    "mutation",
+    ("mutation", "cut"),
     [
-        positions_one_too_far,
-        one_token_hidden,
-        two_blocks_swapped,
-        shared_blocks_written_in_place,
-        one_row_too_many_after_truncation,
-        rolled_back_in_name_only,
-        rolled_back_to_rows_that_are_not_shared_but_given_away,
-        rows_written_one_too_early,
+        (positions_one_too_far, "one-by-one"),
+        (one_token_hidden, "chunks-of-7"),
+        (two_blocks_swapped, "prompt-then-decode"),
+        (shared_blocks_written_in_place, "fork-in-the-middle"),
+        (one_row_too_many_after_truncation, "truncate-and-refeed"),
+        (rolled_back_in_name_only, "roll-back"),
+        (rolled_back_to_rows_that_are_not_shared_but_given_away, "roll-back"),
+        (rows_written_one_too_early, "chunks-of-7"),
     ],
 )
 def test_a_fault_put_in_on_purpose_is_caught(
-    mutation: Mutation, make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+    mutation: Mutation, cut: str, make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By the cut that is there for it."""
     model = make()
     mutation(monkeypatch)
     report = verify(model, IDS, block_tokens=4)
     assert not report.passed
-    divergence = report.first_divergence
-    if divergence is None:  # the cache itself noticed, in every cut that the fault touches
-        assert any(cut.raised for cut in report.cuts)
+    caught = next(each for each in report.cuts if each.name == cut)
+    assert not caught.passed
+    assert caught.refused is None
+    if (divergence := caught.first_divergence) is None:
+        assert caught.raised  # the cache noticed by itself
     else:
         assert 0 <= divergence.token < IDS.shape[1]
         assert divergence.error > 1

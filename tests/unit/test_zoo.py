@@ -231,6 +231,19 @@ class TestRefusals:
         assert outcome.status == "refused"
         assert "no MLA here" in outcome.reason
 
+    def test_of_one_feed_do_not_hide_that_another_was_wrong(self) -> None:
+        made: list[Any] = []
+
+        def wrong_then_refusing(model: Any) -> Any:
+            made.append(model)
+            if len(made) > 1:
+                raise StateError("no more")
+            return make(ShiftsRows, model)
+
+        outcome = run(tiny("llama"), wrong_then_refusing)
+        assert outcome.status == "fail"
+        assert outcome.failed_feeds == {"prefill-then-single"}
+
     def test_of_attend_are_refusals_too(self) -> None:
         def attend(model: Any) -> None:
             raise UnsupportedError("not this attention")

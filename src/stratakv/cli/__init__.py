@@ -4,6 +4,13 @@ Exit codes: 0 done; 2 a wrong argument, file or model; 1 anything else that fail
 our output went away. A failure is one line on stderr. Nothing here imports torch until a command really runs.
 """
 
-from stratakv.cli.app import main
-
 __all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:  # imports take long enough for a Ctrl-C
+        from stratakv.cli.app import main as run
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    run()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from stratakv.cli import options
+from stratakv.cli.failures import FAILED
 from stratakv.errors import ConfigurationError
 
 DEFAULT_LENGTHS = "128,256,512,1024,2048,4096"
@@ -27,15 +28,17 @@ def scaling(
 ) -> None:
     """Measure how the cost of one token grows with length, with the cache and without.
 
-    Also counts the bytes that each layout copies while it grows.
+    Also counts the bytes that each layout copies while it grows. Exits with 1 where a target was missed beyond noise.
     """
     chosen = parse_lengths(lengths)
     options.check_choice("--format", format, options.FORMATS)
     options.check_choice("--layout", layout, (*options.LAYOUTS, "all"))
+    options.check_positive("--block-tokens", block_tokens)
     options.check_choice("--dtype", dtype, options.DTYPES)
 
     from stratakv.bench.report import scaling_tables
-    from stratakv.bench.scaling import ScalingOptions, check_lengths, run_scaling, topics_token_ids
+    from stratakv.bench.scaling import ScalingOptions, check_lengths, run_scaling
+    from stratakv.bench.texts import topics_token_ids
     from stratakv.models import load, terminal_progress
 
     with terminal_progress() as progress:
@@ -48,12 +51,14 @@ def scaling(
         report = run_scaling(loaded.model, token_ids, settings, name=loaded.name, progress=progress)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
-        return
-    from rich.console import Console
+    else:
+        from rich.console import Console
 
-    console = Console()
-    for part in scaling_tables(report):
-        console.print(part)
+        console = Console()
+        for part in scaling_tables(report):
+            console.print(part)
+    if "missed" in report.targets.values():
+        raise typer.Exit(FAILED)
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stratakv.cli import options
-from stratakv.cli.failures import report
+from stratakv.cli.failures import FAILED, report
 from stratakv.cli.prompts import check_text
 from stratakv.errors import CapacityError, ConfigurationError
 
@@ -37,10 +37,12 @@ def chat(
     """Talk with a model, a line a message; each turn feeds only its own tokens.
 
     /reset forgets the conversation, /exit or the end of input ends it, Ctrl-C takes back the running turn.
-    With --json, an object a turn.
+    With --json, an object a turn; {"error": ...} where one failed. Exits with 1 where a turn of piped input failed.
     """
     options.check_choice("--format", format, options.FORMATS)
     options.check_choice("--dtype", dtype, options.DTYPES)
+    options.check_positive("--max-new-tokens", max_new_tokens)
+    options.check_positive("--block-tokens", block_tokens)
     heat, nucleus = options.check_sampling(temperature, top_p)
     if system is not None:
         check_text(system, "the system message")
@@ -57,6 +59,7 @@ def chat(
     decoding = Decoding(max_new_tokens, heat, nucleus, seed)
     if sys.stdin.isatty():
         typer.echo(f"{loaded.name}: {HELP}", err=True)
+    failed = False
     for line in _lines():
         message = line.strip()
         if message == "/exit":
@@ -66,11 +69,13 @@ def chat(
         elif message.startswith("/"):
             report(f"there is no command {message.split()[0]!r}: {HELP}")
         elif message:
-            _turn(conversation, message, decoding, loaded.name, as_json=as_json)
+            failed |= not _turn(conversation, message, decoding, loaded.name, as_json=as_json)
+    if failed and not sys.stdin.isatty():  # who typed saw it; a script looks at the exit code
+        raise typer.Exit(FAILED)
 
 
-def _turn(conversation: Conversation, message: str, decoding: Decoding, name: str, *, as_json: bool) -> None:
-    """Answer one message. A failed turn is reported and the chat goes on."""
+def _turn(conversation: Conversation, message: str, decoding: Decoding, name: str, *, as_json: bool) -> bool:
+    """Answer one message; False where it was refused. A refused turn is reported and the chat goes on."""
     from stratakv.cli.conversation import interrupts_between_tokens
     from stratakv.cli.generation import describe
 
@@ -78,22 +83,31 @@ def _turn(conversation: Conversation, message: str, decoding: Decoding, name: st
         if not as_json:
             typer.echo(piece, nl=False)
 
+    def refused(reason: str) -> bool:
+        report(reason)
+        if as_json:
+            typer.echo(json.dumps({"error": reason}))
+        return False
+
     try:
         check_text(message, "the message")
+    except ConfigurationError as error:
+        return refused(str(error))
+    try:
         with interrupts_between_tokens() as check:
             turn = conversation.ask(message, decoding, on_text=show, on_token=check)
     except KeyboardInterrupt:
         typer.echo(err=True)
         report("interrupted; that turn was taken back")
-        return
+        return True
     except (ConfigurationError, CapacityError) as error:
-        report(f"{error}; /reset starts anew")
-        return
+        return refused(f"{error}; /reset starts anew" if conversation.token_ids else str(error))
     if as_json:
         described = describe(turn.generated, conversation.cache, model_name=name, n_prompt=turn.n_prompt)
         typer.echo(json.dumps({**described, "fed_tokens": turn.n_fed}))
     else:
         typer.echo()
+    return True
 
 
 def _lines() -> Iterator[str]:

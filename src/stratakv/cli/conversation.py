@@ -13,6 +13,7 @@ from typing import Any
 from stratakv.cli.generation import Decoding, Generated, OnText, continue_tokens
 from stratakv.cli.prompts import check_positions
 from stratakv.errors import ConfigurationError, StateError
+from stratakv.integrations.transformers.cache import common_prefix
 from stratakv.models import LoadedModel
 
 
@@ -67,7 +68,7 @@ class Conversation:
         check_positions(self._loaded.model, len(token_ids), decoding.max_new_tokens)
         mark = self.cache.checkpoint()
         try:
-            self._keep(_common(self.token_ids[: self.cache.seen_tokens], token_ids))
+            self._keep(common_prefix(self.token_ids[: self.cache.seen_tokens], token_ids))
             n_fed = len(token_ids) - self.cache.seen_tokens
             generated = continue_tokens(
                 self._loaded.model,
@@ -149,9 +150,3 @@ def interrupts_between_tokens() -> Iterator[Callable[[], None]]:
         yield check
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _common(held: Sequence[int], wanted: Sequence[int]) -> int:
-    """How many first tokens the two share; at least the last one wanted is left to feed."""
-    same = next((i for i, (a, b) in enumerate(zip(held, wanted, strict=False)) if a != b), min(len(held), len(wanted)))
-    return min(same, len(wanted) - 1)

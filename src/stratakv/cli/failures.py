@@ -61,10 +61,12 @@ class OneLineFailures(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; typer's own exceptions pass."""
+        if sys.stdout is None:
+            report("standard output is closed, so there is nowhere to write to")
+            raise typer.Exit(FAILED)
         try:
             result = super().invoke(ctx)
-            if sys.stdout is not None:  # None where the shell closed it
-                sys.stdout.flush()  # here, where a reader that went away can still be met quietly
+            sys.stdout.flush()  # here, where a reader that went away can still be met quietly
         except (typer.Exit, typer.Abort, UsageError):
             raise
         except (Exception, KeyboardInterrupt) as error:

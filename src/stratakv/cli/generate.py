@@ -14,6 +14,7 @@ from stratakv.errors import ConfigurationError
 
 
 def generate(
+    context: typer.Context,
     *,
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
     file: Annotated[Path | None, typer.Option(help="A UTF-8 file with the text; - is standard input.")] = None,
@@ -38,6 +39,8 @@ def generate(
     options.check_choice("--format", format, options.FORMATS)
     options.check_choice("--layout", layout, options.LAYOUTS)
     options.check_choice("--dtype", dtype, options.DTYPES)
+    options.check_positive("--max-new-tokens", max_new_tokens)
+    options.check_block_tokens(context, block_tokens, layout)
     heat, nucleus = options.check_sampling(temperature, top_p)
     text = read_prompt(prompt, file)
 

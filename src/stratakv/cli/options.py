@@ -24,9 +24,9 @@ Format = Annotated[
     typer.Option(help=f"How keys and values are stored: {', '.join(FORMATS)}.", show_default="as the model computes"),
 ]
 Layout = Annotated[str, typer.Option(help=f"How the cache grows: {', '.join(LAYOUTS)}.")]
-BlockTokens = Annotated[int, typer.Option(min=1, help="Tokens in a block, for the paged layout.")]
+BlockTokens = Annotated[int, typer.Option(help="Tokens in a block, for the paged layout.")]
 Dtype = Annotated[str, typer.Option(help=f"What the model computes in: {', '.join(DTYPES)}.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens to generate.")]
+MaxNewTokens = Annotated[int, typer.Option(help="The most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="greedy")]
 TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this total probability.")]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")]
@@ -37,6 +37,27 @@ def check_choice(option: str, value: str | None, accepted: Iterable[str]) -> Non
     """Raise ConfigurationError where `value` is given and not among `accepted`."""
     if value is not None and value not in accepted:
         raise ConfigurationError(f"{option} {value!r} is not one of {', '.join(accepted)}")
+
+
+def refuse_given(context: typer.Context, reason: str, names: Iterable[str]) -> None:
+    """Raise ConfigurationError where one of the parameters `names` was given on the command line."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ConfigurationError(f"{reason}; leave --{name.replace('_', '-')} out")
+
+
+def check_positive(option: str, value: int) -> None:
+    """Raise ConfigurationError where `value` is below 1."""
+    if value < 1:
+        raise ConfigurationError(f"{option} must be at least 1, got {value}")
+
+
+def check_block_tokens(context: typer.Context, value: int, layout: str) -> None:
+    """Raise ConfigurationError where --block-tokens is below 1, or given for a layout that has one block a sequence."""
+    check_positive("--block-tokens", value)
+    if layout != "paged":
+        refuse_given(context, f"the {layout} layout has one block a sequence", ["block_tokens"])
 
 
 def check_sampling(temperature: float | None, top_p: float | None) -> tuple[float, float]:

@@ -24,7 +24,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     text = _read(file) if file is not None else prompt
     assert text is not None
     if not text:
-        raise ConfigurationError("the prompt is empty" if file is None else f"{file} is empty, so there is no prompt")
+        raise ConfigurationError("the prompt is empty" if file is None else f"{_said(file)} is empty")
     check_text(text, "the prompt")
     return text
 
@@ -37,20 +37,20 @@ def check_text(text: str, name: str) -> None:
         raise ConfigurationError(f"{name} is not UTF-8 at character {error.start}") from None
 
 
-def max_positions(model: Any) -> int | None:
-    """Positions that `model` was made for, or None where its configuration names no limit."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
 def check_positions(model: Any, n_prompt: int, n_new: int) -> None:
     """Raise ConfigurationError where the prompt and what is to follow are more than the model has positions for."""
+    from stratakv.integrations.transformers.geometry import max_positions
+
     limit = max_positions(model)
     if limit is not None and n_prompt + n_new > limit:
         raise ConfigurationError(
             f"the prompt has {n_prompt:,} tokens, which with {n_new:,} new ones is {n_prompt + n_new:,}; "
             f"the model has {limit:,} positions"
         )
+
+
+def _said(file: Path) -> str:
+    return "standard input" if str(file) == "-" else str(file)
 
 
 def _read(file: Path) -> str:
@@ -67,5 +67,5 @@ def _read(file: Path) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigurationError(
-            f"{file} is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}"
+            f"{_said(file)} is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}"
         ) from None

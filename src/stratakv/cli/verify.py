@@ -18,18 +18,15 @@ if TYPE_CHECKING:
     from stratakv.verification import VerifyReport
     from stratakv.verification.architectures import ArchitectureReport
 
-SPARE_TOKENS = 16
-"""Room beyond the tokens, for those that a cut feeds and takes back."""
-MIN_TOKENS = 8  # the cuts take back up to five
-
 
 def verify(
+    context: typer.Context,
     *,
     model: options.Model = "smollm2",
     layout: options.Layout = "paged",
     format: options.Format = None,
     block_tokens: options.BlockTokens = 64,
-    tokens: Annotated[int, typer.Option(min=MIN_TOKENS, help="Tokens to feed, in several cuts.")] = 96,
+    tokens: Annotated[int, typer.Option(help="Tokens to feed, in several cuts.")] = 96,
     attach: Annotated[bool, typer.Option("--attach", help="Compute attention with our function.")] = False,
     dtype: options.Dtype = "fp32",
     architectures: Annotated[
@@ -49,12 +46,17 @@ def verify(
     options.check_choice("--layout", layout, options.LAYOUTS)
     options.check_choice("--dtype", dtype, options.DTYPES)
     if architectures is not None:
-        if attach:
-            raise ConfigurationError("--architectures runs every model both attached and not; leave --attach out")
+        options.refuse_given(
+            context,
+            "--architectures runs models of its own, attached and not, in every way",
+            ("model", "layout", "format", "block_tokens", "tokens", "attach", "dtype"),
+        )
         passed = _verify_architectures(architectures, write_docs, as_json=as_json)
     else:
         if write_docs is not None:
             raise ConfigurationError("--write-docs needs --architectures")
+        options.check_positive("--tokens", tokens)
+        options.check_block_tokens(context, block_tokens, layout)
         passed = _verify_model(model, layout, format, block_tokens, tokens, dtype, attach=attach, as_json=as_json)
     if not passed:
         raise typer.Exit(FAILED)
@@ -71,15 +73,14 @@ def _verify_model(
     attach: bool,
     as_json: bool,
 ) -> bool:
-    from stratakv.bench.scaling import topics_token_ids
-    from stratakv.cli.prompts import check_positions
+    from stratakv.bench.texts import topics_token_ids
     from stratakv.integrations.transformers import attach as attach_to
     from stratakv.models import load, terminal_progress
     from stratakv.verification import verify as verify_cache
+    from stratakv.verification.cuts import SPARE_TOKENS
 
     with terminal_progress() as progress:
         loaded = load(name, dtype=options.torch_dtype(dtype), progress=progress)
-        check_positions(loaded.model, n_tokens, SPARE_TOKENS)
         token_ids = topics_token_ids(loaded.tokenizer, n_tokens)
         if attach:
             attach_to(loaded.model)
@@ -93,7 +94,7 @@ def _verify_model(
             capacity=n_tokens + SPARE_TOKENS if layout == "contiguous" else None,
         )
     if as_json:
-        typer.echo(json.dumps(report.to_dict()))
+        typer.echo(json.dumps(report.to_dict(), allow_nan=False))
     else:
         _print(_cuts(report, loaded.name))
         typer.echo("passed" if report.passed else "failed")
@@ -114,7 +115,7 @@ def _verify_architectures(chosen: str, write_docs: Path | None, *, as_json: bool
     if write_docs is not None:
         write_docs.write_text(markdown(report, chosen), encoding="utf-8")
     if as_json:
-        typer.echo(json.dumps(report.to_dict()))
+        typer.echo(json.dumps(report.to_dict(), allow_nan=False))
     else:
         _print(_rows(report), _counts(report))
         typer.echo(headline(report.rows))
@@ -133,7 +134,7 @@ def _cuts(report: VerifyReport, name: str) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("first divergence")
     for cut in report.cuts:
-        if cut.refused is not None or cut.raised is not None:
+        if cut.max_abs is None or cut.kl is None or cut.top1 is None:
             table.add_row(cut.name, "refused" if cut.refused else "fail", "", "", "", cut.refused or cut.raised)
             continue
         where = ""

@@ -61,14 +61,21 @@ def convert(file: Path, folder: Path, progress: Progress) -> None:
 
 
 def read_header(file: Path) -> GgufHeader:
-    """Return what a GGUF file says of itself, having checked that its tensors lie inside it.
+    """Return what a GGUF file says of itself.
 
     Raises FormatError where it is no GGUF, is truncated, or scales its rotary embedding, which is not loaded.
     """
     from gguf import GGUFReader
 
-    with library_calls(file):
+    with file.open("rb") as stream:
+        magic = stream.read(4)
+    if magic != b"GGUF":
+        raise FormatError(f"{file} is not a GGUF file: it begins with {magic!r} where b'GGUF' belongs")
+    try:
         reader = GGUFReader(file)
+    except Exception as error:  # the reader checks nothing, so a short file can raise nearly anything
+        n_bytes = file.stat().st_size
+        raise FormatError(f"{file} is truncated or damaged: its {n_bytes:,} bytes do not hold what it lists") from error
     architecture = _text(reader, "general.architecture")
     if architecture is None:
         raise FormatError(f"{file} does not name its architecture")

@@ -72,6 +72,8 @@ def load(
 
 def _existing(name_or_path: str | Path) -> Path:
     refusal = f"{str(name_or_path)!r} is not {_ACCEPTED}, and nothing is fetched from a hub"
+    if not str(name_or_path):
+        raise ModelNotFoundError(refusal)
     try:
         path = Path(name_or_path).expanduser()
         if path.is_dir() or path.is_file():

@@ -70,7 +70,10 @@ def library_calls(source: Path) -> Iterator[None]:
             raise
         except Exception as error:  # a damaged file can raise nearly anything in a parser
             reason = str(error).strip().split("\n", maxsplit=1)[0]
-            raise FormatError(f"{source} cannot be loaded as a model: {type(error).__name__}: {reason}") from error
+            said = f"{type(error).__name__}: {reason}"
+            if "ignore_mismatched_sizes" in reason:  # transformers' words for it speak of a report that nobody sees
+                said = "its weights have other shapes than its configuration says"
+            raise FormatError(f"{source} cannot be loaded as a model: {said}") from error
 
 
 @contextmanager

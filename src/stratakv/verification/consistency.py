@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from stratakv.codecs import get_codec
-from stratakv.errors import ConfigurationError, StrataKVError, UnsupportedError
+from stratakv.errors import ConfigurationError, UnsupportedError
 from stratakv.integrations.transformers import KVCache
 from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword
+from stratakv.integrations.transformers.geometry import max_positions
 from stratakv.integrations.transformers.quiet import quiet_transformers
 from stratakv.policies import RetentionPolicy
 from stratakv.spec import CacheSpec
-from stratakv.verification.cuts import CUTS, Cut, CutRefusedError, Feeder, stacked
+from stratakv.verification.cuts import CUTS, SPARE_TOKENS, Cut, CutRefusedError, Feeder, stacked
 from stratakv.verification.oracle import RoundingCache
 from stratakv.verification.report import CutResult, Divergence, VerifyReport
 
@@ -46,15 +47,10 @@ def verify(
         Figures and the first divergence of every cut.
 
     Raises:
-        ConfigurationError: no tokens, or more than the model has positions.
+        ConfigurationError: no tokens, ids that the model does not have, or more tokens than it has positions.
         UnsupportedError: the model or the combination is not served.
     """
-    ids = torch.as_tensor(token_ids)
-    ids = (ids.unsqueeze(0) if ids.dim() == 1 else ids).to(model.device)
-    if ids.dim() != 2 or not ids.numel():
-        raise ConfigurationError(
-            f"token_ids must be [n_tokens] or [batch, n_tokens] with at least one, got {ids.shape}"
-        )
+    ids = _checked_ids(model, token_ids)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedError("verify feeds decoder-only models; `stratakv verify --architectures` covers the others")
     empty = KVCache.for_model(model, **options)
@@ -82,6 +78,29 @@ def verify(
     )
 
 
+def _checked_ids(model: PreTrainedModel, token_ids: Tensor | list[int]) -> Tensor:
+    """int64 `[batch, n_tokens]` on the model's device."""
+    try:
+        ids = torch.as_tensor(token_ids)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"token_ids are not a tensor or an even list of numbers: {error}") from error
+    if ids.dtype.is_floating_point or ids.dim() not in (1, 2) or not ids.numel():
+        raise ConfigurationError(
+            "token_ids must be whole numbers [n_tokens] or [batch, n_tokens] with at least one, got "
+            f"{ids.dtype} {list(ids.shape)}"
+        )
+    n_known = model.get_input_embeddings().weight.shape[0]
+    if int(ids.min()) < 0 or int(ids.max()) >= n_known:
+        raise ConfigurationError(f"token_ids must lie in [0, {n_known}), got {int(ids.min())} to {int(ids.max())}")
+    limit = max_positions(model)
+    if limit is not None and limit < ids.shape[-1] + SPARE_TOKENS:
+        raise ConfigurationError(
+            f"{ids.shape[-1]:,} tokens, and {SPARE_TOKENS} that cuts take back, are more than the model's {limit:,} "
+            "positions"
+        )
+    return (ids if ids.dim() == 2 else ids.unsqueeze(0)).long().to(model.device)
+
+
 def _run_cut(
     name: str,
     cut: Cut,
@@ -98,7 +117,7 @@ def _run_cut(
         cache.check()
     except CutRefusedError as refusal:
         return CutResult(name, passed=False, refused=str(refusal))
-    except StrataKVError as error:
+    except Exception as error:  # a fault of the cache can raise nearly anything in a model
         return CutResult(name, passed=False, raised=f"{type(error).__name__}: {error}")
     oracle = _oracle(model, feeder, mask)
     logits = stacked(feeder.logits)

@@ -12,6 +12,11 @@ from stratakv.errors import StateError, StrataKVError
 from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword
 from stratakv.integrations.transformers.layers import KVLayer
 
+WRONG_TOKENS = 5
+"""How many tokens that do not belong a cut feeds, to take them back."""
+SPARE_TOKENS = 10
+"""The most tokens that a cut holds beyond the sequence."""
+
 
 class CutRefusedError(StrataKVError):
     """Tokens cannot be taken back out of what this model keeps."""
@@ -47,7 +52,8 @@ class Feeder:
 
     def feed_wrong(self, n_tokens: int) -> None:
         """Feed tokens that do not belong to the sequence, to be taken back afterwards."""
-        wrong = self.token_ids[:, :n_tokens].flip(1) + 1
+        n_known = self.token_ids.shape[1]
+        wrong = self.token_ids[:, torch.arange(n_tokens - 1, -1, -1) % n_known] + 1
         self._forward(wrong % self.model.get_input_embeddings().weight.shape[0])
 
     def take_back(self, n_tokens: int) -> None:
@@ -136,8 +142,8 @@ def truncate_and_refeed(feeder: Feeder) -> None:
     for stop in stops:
         feeder.feed(start, stop)
         feeder.cache.activate_past_recording()
-        feeder.feed_wrong(5)
-        feeder.take_back(5)
+        feeder.feed_wrong(WRONG_TOKENS)
+        feeder.take_back(WRONG_TOKENS)
         start = stop
 
 
@@ -149,7 +155,7 @@ def roll_back(feeder: Feeder) -> None:
         feeder.feed(start, stop)
         mark = feeder.cache.checkpoint()
         for _ in range(2):
-            feeder.feed_wrong(5)
+            feeder.feed_wrong(WRONG_TOKENS)
             feeder.cache.rollback(mark)
         mark.release()
         start = stop

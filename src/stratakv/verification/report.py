@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,20 +33,21 @@ class CutResult:
     Attributes:
         name: the cut.
         passed: whether every layer's output and every logit is within tolerance.
-        max_abs: largest difference of a logit from the oracle whose K/V are rounded in the same way.
+        max_abs: largest difference of a logit from the oracle whose K/V are rounded in the same way. This and the next
+            two are None where the cut was refused or raised an error, and not finite where the logits are not.
         kl: mean KL divergence of the next-token distribution from the exact model's, in nats.
         top1: share of positions at which the likeliest next token is the exact model's.
         first_divergence: where it first went too far, or None.
         refused: why the model's state cannot go back as the cut asks (a recurrent state, say), or None. A refused cut
             neither passes nor fails.
-        raised: the error that ended the cut early, which fails it, or None. There are no figures then.
+        raised: the error that ended the cut early, which fails it, or None.
     """
 
     name: str
     passed: bool
-    max_abs: float = 0.0
-    kl: float = 0.0
-    top1: float = 1.0
+    max_abs: float | None = None
+    kl: float | None = None
+    top1: float | None = None
     first_divergence: Divergence | None = None
     refused: str | None = None
     raised: str | None = None
@@ -75,19 +78,19 @@ class VerifyReport:
         return bool(self.ran) and all(cut.passed for cut in self.ran)
 
     @property
-    def max_abs(self) -> float:
-        """Largest difference of a logit in any cut."""
-        return max((cut.max_abs for cut in self.ran), default=0.0)
+    def max_abs(self) -> float | None:
+        """Largest difference of a logit in any cut; None where no cut was fed to its end."""
+        return _worst(cut.max_abs for cut in self.cuts)
 
     @property
-    def kl(self) -> float:
+    def kl(self) -> float | None:
         """Largest mean KL divergence from the exact model of any cut, in nats."""
-        return max((cut.kl for cut in self.ran), default=0.0)
+        return _worst(cut.kl for cut in self.cuts)
 
     @property
-    def top1(self) -> float:
+    def top1(self) -> float | None:
         """Smallest top-1 agreement with the exact model of any cut."""
-        return min((cut.top1 for cut in self.ran), default=0.0)
+        return min((cut.top1 for cut in self.cuts if cut.top1 is not None), default=None)
 
     @property
     def first_divergence(self) -> Divergence | None:
@@ -96,8 +99,22 @@ class VerifyReport:
         return min(found, key=lambda d: (d.token, -1 if d.layer is None else d.layer), default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
+        """Plain data for `--json`. A number that is not finite, which JSON has none for, becomes its name."""
         summary = {name: getattr(self, name) for name in ("passed", "max_abs", "kl", "top1")}
         divergence = self.first_divergence
         summary["first_divergence"] = None if divergence is None else dataclasses.asdict(divergence)
-        return {**summary, **dataclasses.asdict(self)}
+        plain: dict[str, Any] = _spelt({**summary, **dataclasses.asdict(self)})
+        return plain
+
+
+def _worst(values: Iterable[float | None]) -> float | None:
+    """The largest; one that is not a number is larger than all."""
+    return max((v for v in values if v is not None), key=lambda v: (math.isnan(v), v), default=None)
+
+
+def _spelt(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _spelt(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_spelt(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
 from stratakv.codecs import codec_names
-from stratakv.errors import FingerprintError, StateError, UnsupportedError
+from stratakv.errors import ConfigurationError, FingerprintError, StateError, UnsupportedError
 from stratakv.integrations.transformers.compat import (
     DynamicLayer,
     PreTrainedModel,
@@ -91,6 +91,8 @@ class KVCache(CacheState):
             ConfigurationError: an argument is out of range.
             UnsupportedError: the model, or the combination, cannot be served; the message says why.
         """
+        if policy is not None and not isinstance(policy, RetentionPolicy):
+            raise ConfigurationError(f"policy must be a RetentionPolicy such as Window(512), got {policy!r}")
         takes_cache = getattr(type(model), "_supports_default_dynamic_cache", None)
         if takes_cache is not None and not takes_cache():
             raise UnsupportedError(f"{type(model).__name__} accepts only a cache class of its own")
@@ -256,11 +258,7 @@ class KVCache(CacheState):
         """
         if self.token_ids is None or len(self.token_ids) != 1:
             raise StateError("only a cache of one sequence whose token ids are known can be matched with a prompt")
-        wanted = torch.as_tensor(token_ids).flatten().tolist()
-        known = self.token_ids[0]
-        common = next((i for i, (a, b) in enumerate(zip(known, wanted, strict=False)) if a != b), None)
-        common = min(len(known), len(wanted)) if common is None else common
-        common = max(min(common, len(wanted) - 1), 0)
+        common = common_prefix(self.token_ids[0], torch.as_tensor(token_ids).flatten().tolist())
         self.truncate(common)
         return common
 
@@ -320,6 +318,12 @@ class KVCache(CacheState):
 
     def _first_kv_layer(self) -> KVLayer:
         return next(layer for layer in self.layers if isinstance(layer, KVLayer))
+
+
+def common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
+    """How many first tokens the two share; at least the last one wanted is left to feed."""
+    same = next((i for i, (a, b) in enumerate(zip(held, wanted, strict=False)) if a != b), min(len(held), len(wanted)))
+    return max(min(same, len(wanted) - 1), 0)
 
 
 _BARE_DECODER_CACHE = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,13 @@ def save_cache(cache: KVCache, path: Path, token_ids: Any) -> None:
 
     Raises:
         UnsupportedError: the model keeps recurrent states, which files do not hold.
+        FileNotFoundError: the folder does not exist.
         StateError: a forward stopped half way. ConfigurationError: the token ids do not fit what was seen.
     """
     if any(recurrent.has_states(layer) for layer in cache.layers):
         raise UnsupportedError("the model keeps recurrent or convolution states, which cache files do not hold")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
     batch = cache.batch
     if batch.open_step is not None:
         raise StateError(f"the last forward stopped half way; call truncate({batch.seen_tokens}) first")

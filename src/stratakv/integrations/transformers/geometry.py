@@ -31,6 +31,12 @@ def attention_config(model: Any) -> Any:
     return model.config if is_encoder_decoder else decoder_config(model.config)
 
 
+def max_positions(model: Any) -> int | None:
+    """Positions that `model` was made for, or None where its config names no limit."""
+    found = getattr(decoder_config(model.config), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def attention_window(layer: Any) -> int | None:
     """The window of one of transformers' own attention layers."""
     return layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None

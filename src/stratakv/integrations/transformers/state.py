@@ -283,7 +283,13 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
             self.token_ids = tuple(self.token_ids[i] for i in chosen.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Have every sequence `repeats` times, side by side. Copies nothing."""
+        """Have every sequence `repeats` times, side by side. Copies nothing.
+
+        Raises:
+            ConfigurationError: `repeats` is below 1.
+        """
+        if repeats < 1:
+            raise ConfigurationError(f"repeats must be at least 1, got {repeats}")
         n = len(self.batch.sequences)
         if n:
             self.batch_select_indices(torch.arange(n).repeat_interleave(repeats))

@@ -46,11 +46,15 @@ N_PROBED = 6
 
 @dataclass(frozen=True)
 class FeedResult:
-    """One way of feeding: the largest absolute difference of the logits and the first position beyond the tolerance."""
+    """One way of feeding.
+
+    ``max_abs`` is the largest absolute difference of the logits, ``reason`` says what was wrong, if anything.
+    """
 
     name: str
-    max_abs: float
-    first_position: int | None
+    status: Status
+    max_abs: float = float("nan")
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,21 @@ class Outcome:
     feeds: tuple[FeedResult, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def failed_feeds(self) -> frozenset[str]:
+        """Names of the feeds that failed; where it never came to a feed, its reason stands for them."""
+        if self.status == "fail" and not self.feeds:
+            return frozenset([self.reason])
+        return frozenset(feed.name for feed in self.feeds if feed.status == "fail")
+
 
 def run(tiny: TinyModel, make_cache: CacheFactory, *, attend: Attend | None = None) -> Outcome:
     """Feed 24 tokens whole, then through caches of ``make_cache`` in pieces, and compare the logits everywhere.
 
     ``attend`` is called once with the model after the uncached forwards: the place for ``stratakv.attach``. An
-    UnsupportedError or StateError from either, or from the cache, is 'refused'; any other exception, NaN, inf or
-    difference beyond the tolerance is 'fail'. Never raises; the model may be changed by ``attend``.
+    UnsupportedError or StateError from either, or from the cache, is 'refused', unless another feed gave something
+    wrong: any other exception, NaN, inf or difference beyond the tolerance is 'fail'. Never raises; the model may be
+    changed by ``attend``.
     """
     with quiet():
         try:
@@ -144,12 +156,22 @@ def _run(tiny: TinyModel, make_cache: CacheFactory, attend: Attend | None) -> Ou
         attend(tiny.model)
     results = []
     for feed, given, oracle in zip(FEEDS, inputs, oracles, strict=True):
-        logits = fed(tiny, given, feed, make_cache(tiny.model))
-        results.append(_compare(feed.name, logits, oracle, tolerance))
+        results.append(_fed(tiny, given, feed, make_cache, oracle, tolerance))
     if batch is not None:
-        logits = fed(tiny, batch, PADDED, make_cache(tiny.model))
-        results.append(_compare(PADDED.name, real(tiny, logits), truth, tolerance))
+        results.append(_fed(tiny, batch, PADDED, make_cache, truth, tolerance))
     return _outcome(tuple(results), tolerance, notes)
+
+
+def _fed(
+    tiny: TinyModel, inputs: dict[str, Any], feed: Feed, make_cache: CacheFactory, oracle: Tensor, tolerance: float
+) -> FeedResult:
+    try:
+        logits = fed(tiny, inputs, feed, make_cache(tiny.model))
+        return _compare(feed.name, real(tiny, logits) if feed is PADDED else logits, oracle, tolerance)
+    except (UnsupportedError, StateError) as error:
+        return FeedResult(feed.name, "refused", reason=one_line(error))
+    except Exception as error:
+        return FeedResult(feed.name, "fail", reason=one_line(error))
 
 
 def _padded_oracle(tiny: TinyModel, tolerance: float) -> tuple[dict[str, Any] | None, Tensor, tuple[str, ...]]:
@@ -176,17 +198,25 @@ def _compare(name: str, logits: Tensor, oracle: Tensor, tolerance: float) -> Fee
         raise ValueError(f"{name}: logits of shape {tuple(logits.shape)}, uncached {tuple(oracle.shape)}")
     difference = (logits - oracle).abs().amax(dim=(0, 2))  # [tokens]
     beyond = ~(difference <= tolerance)  # NaN is beyond
-    first = int(beyond.nonzero()[0]) if bool(beyond.any()) else None
-    return FeedResult(name, float(difference.max()), first)
+    worst = float(difference.max())
+    if not bool(beyond.any()):
+        return FeedResult(name, "pass", worst)
+    return FeedResult(name, "fail", worst, f"{worst:.2g} from position {int(beyond.nonzero()[0])} on")
 
 
 def _outcome(results: tuple[FeedResult, ...], tolerance: float, notes: tuple[str, ...]) -> Outcome:
-    wrong = [result for result in results if result.first_position is not None]
     worst = max((result.max_abs for result in results), key=lambda value: (math.isnan(value), value))
-    if not wrong:
-        return Outcome("pass", "", worst, tolerance, results, notes)
-    reason = "; ".join(f"{r.name}: {r.max_abs:.2g} from position {r.first_position} on" for r in wrong)
-    return Outcome("fail", f"{reason} (allowed {tolerance:.1g})", worst, tolerance, results, notes)
+    for status in ("fail", "refused"):
+        if found := [result for result in results if result.status == status]:
+            reasons: dict[str, list[str]] = {}
+            for result in found:
+                reasons.setdefault(result.reason, []).append(result.name)
+            said = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+            if len(reasons) == 1 and len(found) == len(results):
+                said = found[0].reason
+            allowed = f" (allowed {tolerance:.1g})" if any(not math.isnan(result.max_abs) for result in found) else ""
+            return Outcome(status, said + allowed, worst, tolerance, results, notes)
+    return Outcome("pass", "", worst, tolerance, results, notes)
 
 
 def _own_cache(model: Any) -> Any:
