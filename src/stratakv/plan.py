@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from stratakv.errors import ConfigurationError
+
 Run = tuple[int, int]
 """(first absolute position, number of consecutive positions)."""
 
@@ -33,6 +35,11 @@ class KeepPlan:
 
     runs: tuple[Run, ...]
     floor: int
+
+    def __post_init__(self) -> None:
+        ends = [0, *(first + count for first, count in self.runs)]
+        if any(first < end or count < 1 for (first, count), end in zip(self.runs, ends, strict=False)):
+            raise ConfigurationError(f"runs must be (position, count) that rise without overlap, got {self.runs}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,11 +109,9 @@ def _aligned(
     """The entries of a mask or bias for these rows, query heads and queries."""
     if table is None:
         return None
-    last = int(rows[-1]) - offset if len(rows) else -1
-    if part.plan.is_one_run and table.shape[-1] == len(rows):
-        columns = table
-    elif last < table.shape[-1] and (not len(rows) or int(rows[0]) >= offset):
-        columns = table[..., rows - offset]
+    first, last = (int(rows[0]) - offset, int(rows[-1]) - offset) if len(rows) else (0, -1)
+    if first >= 0 and last < table.shape[-1]:
+        columns = table[..., first : last + 1] if part.plan.is_one_run else table[..., rows - offset]
     else:
         raise ConfigurationError(
             f"the mask has {table.shape[-1]} columns from position {offset} on, the layer's rows reach from position "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -183,14 +183,13 @@ class SequenceBatch:
         Raises:
             ConfigurationError: positions that are not stored. Nothing was changed.
         """
-        self._between_steps()
+        self.check_between_steps()
+        self._complete = None
         groups = [g for g, group in enumerate(self.memory.spec.groups) if group.imposed or not group.retention.window]
-        for sequence in self.sequences:
-            for g in groups:
-                runs = sequence.tables[g].runs
-                if run_length(plan.runs) != sum(run_length(clip_runs(runs, s, s + n)) for s, n in plan.runs):
-                    raise ConfigurationError(f"positions to keep {plan.runs} are not all among those stored, {runs}")
-        self.memory.compact([(sequence, g, plan) for sequence in self.sequences for g in groups])
+        tables = [(sequence, g) for sequence in self.sequences for g in groups if sequence.tables[g].runs != plan.runs]
+        # A shorter run would see rows that are gone now, whatever the plan says.
+        exact = replace(plan, floor=max(plan.floor, self.seen_tokens))
+        self.memory.compact([(sequence, g, exact) for sequence, g in tables])
 
     def truncate(self, n_tokens: int) -> None:
         """Keep the first `n_tokens` tokens. An incomplete step is undone first.
@@ -217,7 +216,8 @@ class SequenceBatch:
 
     def select(self, indices: Seq[int]) -> None:
         """Let sequence `indices[i]` become sequence i. One that is named twice is shared until either is written."""
-        self._between_steps()
+        self.check_between_steps()
+        self._complete = None
         if any(not -len(self.sequences) <= i < len(self.sequences) for i in indices):
             raise ConfigurationError(f"there are {len(self.sequences)} sequences, got indices {list(indices)}")
         if not indices:
@@ -233,7 +233,7 @@ class SequenceBatch:
 
     def fork(self) -> SequenceBatch:
         """A batch over the same memory that shares all blocks; either copies a block before it writes into it."""
-        self._between_steps()
+        self.check_between_steps()
         twin = SequenceBatch(self.memory, self.policy)
         twin.sequences = [self.memory.fork(sequence) for sequence in self.sequences]
         twin.seen_tokens = self.seen_tokens
@@ -242,7 +242,7 @@ class SequenceBatch:
 
     def checkpoint(self) -> Checkpoint:
         """A state to come back to, at the cost of at most one block copied a sequence and group."""
-        self._between_steps()
+        self.check_between_steps()
         return Checkpoint(self.memory, self.sequences, self.seen_tokens)
 
     def rollback(self, mark: Checkpoint) -> None:
@@ -265,7 +265,8 @@ class SequenceBatch:
         Raises:
             UnsupportedError: the layer holds rows of another shape already.
         """
-        if self.seen_tokens or (self._step and layer.index in self._step.written):
+        is_held = self.seen_tokens or (self._step and layer.index in self._step.written)
+        if is_held or self.memory.holds_rows():  # of a fork or a checkpoint
             old = self.memory.spec.layers_by_index[layer.index]
             raise UnsupportedError(f"layer {layer.index} stored {old}, its new rows are {layer}")
         self.memory.respec_layer(layer)
@@ -276,13 +277,13 @@ class SequenceBatch:
             sequence.seen_tokens = self.seen_tokens
         self._step, self._complete = None, step
 
-    def _between_steps(self) -> None:
+    def check_between_steps(self) -> None:
+        """Raise StateError where a step is open."""
         if self._step is not None:
             raise StateError(
                 "the last forward did not reach all layers; call "
                 f"truncate({self.seen_tokens}) first to take back what it left"
             )
-        self._complete = None
 
     def _check_shapes(self, layer: int, step: Step, keys: Tensor, values: Tensor) -> None:
         spec = self.memory.spec.layers_by_index[layer]

@@ -10,6 +10,7 @@ import torch
 
 from stratakv.blocks.arena import Arena
 from stratakv.blocks.audit import MemoryUsage, audit
+from stratakv.blocks.budget import Budget
 from stratakv.blocks.compaction import plan_compaction
 from stratakv.blocks.geometry import with_block_tokens, with_layer
 from stratakv.blocks.pool import BlockPool
@@ -33,15 +34,22 @@ class Memory:
         spec: what is stored.
         device: where.
         max_bytes: limit over all groups, or None.
+        budget: the same, shared with other memories.
         poison: fill blocks with NaN when they are freed, so that a stale read cannot go unnoticed. For tests.
     """
 
     def __init__(
-        self, spec: CacheSpec, *, device: torch.device, max_bytes: int | None = None, poison: bool = False
+        self,
+        spec: CacheSpec,
+        *,
+        device: torch.device,
+        max_bytes: int | None = None,
+        budget: Budget | None = None,
+        poison: bool = False,
     ) -> None:
         self.spec = spec
         self.device = device
-        self.max_bytes = max_bytes
+        self.budget = budget or Budget(max_bytes)
         self.poison = poison
         self.arenas = tuple(
             Arena(group, get_codec(spec.k_format), get_codec(spec.v_format), device) for group in spec.groups
@@ -52,6 +60,25 @@ class Memory:
         # Tables of sequences that were garbage collected. Collection can strike anywhere, in the middle of a pool's
         # bookkeeping too, so their blocks are released at the next safe point.
         self._orphans: deque[tuple[GroupTable, ...]] = deque()
+
+    @property
+    def budget(self) -> Budget:
+        """What this memory may hold, perhaps with others."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, budget: Budget) -> None:
+        self._budget = budget
+        budget.admit(self)
+
+    @property
+    def max_bytes(self) -> int | None:
+        """The budget's limit."""
+        return self._budget.max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, max_bytes: int | None) -> None:
+        self._budget.max_bytes = max_bytes
 
     @property
     def nbytes(self) -> int:
@@ -144,7 +171,7 @@ class Memory:
         for pool, group, n, gone in zip(self.ledger.pools, self.spec.groups, wanted, dropped, strict=True):
             freed = sum(pool.references(block) == times for block, times in gone.items())
             needed += max(n - pool.n_free - freed, 0) * group.bytes_per_block
-        self._check_budget(needed)
+        self.budget.check(needed)
 
     def respec_layer(self, layer: LayerSpec) -> None:
         """Take on other heads or head dims for a layer of which nothing is stored yet.
@@ -153,7 +180,7 @@ class Memory:
             CapacityError: what is reserved would then exceed `max_bytes`.
         """
         changed = with_layer(self.spec, layer)
-        self._check_budget(
+        self.budget.check(
             sum(
                 (new.bytes_per_block - old.bytes_per_block) * arena.n_blocks
                 for new, old, arena in zip(changed.groups, self.spec.groups, self.arenas, strict=True)
@@ -180,8 +207,9 @@ class Memory:
 
     def settle(self) -> None:
         """Release what was garbage collected, and give back the slabs that are not needed."""
+        held = [*self._live, *self._cached]  # none of these can become an orphan from here on
         self.settle_orphans()
-        self._consolidate()
+        self._consolidate(held)
         self._shrink()
 
     def check(self) -> MemoryUsage:
@@ -190,8 +218,13 @@ class Memory:
         Raises:
             InvariantError: something does not add up.
         """
+        live, cached = list(self._live), list(self._cached)  # none of these can become an orphan from here on
         self.settle_orphans()
-        return audit(self.arenas, self.ledger.pools, list(self._live), list(self._cached))
+        return audit(self.arenas, self.ledger.pools, live, cached)
+
+    def holds_rows(self) -> bool:
+        """Whether a sequence or checkpoint has tokens, those of an open step left out."""
+        return any(sequence.seen_tokens for sequence in (*self._live, *self._cached))
 
     def _adopt(self, sequence: Sequence, registry: weakref.WeakSet[Sequence]) -> Sequence:
         registry.add(sequence)
@@ -211,11 +244,14 @@ class Memory:
         added = 0
         for g, (new, old, arena) in enumerate(zip(larger.groups, spec.groups, self.arenas, strict=True)):
             n_needed = sum(
-                new.blocks_for(s.tables[g].n_rows + n_tokens) - len(s.tables[g].block_ids) for s in sequences
+                new.blocks_for(s.tables[g].n_rows + n_tokens)
+                - len(s.tables[g].block_ids)
+                + any(self.ledger.pools[g].references(block) > 1 for block in s.tables[g].block_ids[-1:])
+                for s in sequences
             )
             n_added = max(n_needed - self.ledger.pools[g].n_free, 0)
             added += (new.bytes_per_block - old.bytes_per_block) * arena.n_blocks + n_added * new.bytes_per_block
-        self._check_budget(added)
+        self.budget.check(added)
         try:
             slabs = [arena.enlarged_slabs(group) for arena, group in zip(self.arenas, larger.groups, strict=True)]
         except (MemoryError, RuntimeError) as error:
@@ -243,8 +279,8 @@ class Memory:
             for g, (n, pool, size) in enumerate(zip(short, self.ledger.pools, sizes, strict=True))
         ]
         needed = sum(n * size for n, size in zip(short, sizes, strict=True))
-        self._check_budget(needed)
-        if self.max_bytes is not None and sum(n * s for n, s in zip(generous, sizes, strict=True)) > self._room():
+        self.budget.check(needed)
+        if not self.budget.allows(sum(n * s for n, s in zip(generous, sizes, strict=True))):
             generous = short
         grown: list[Arena] = []
         try:
@@ -260,16 +296,6 @@ class Memory:
             ) from error
         for n, pool in zip(generous, self.ledger.pools, strict=True):
             pool.grow(n)
-
-    def _check_budget(self, n_bytes: int) -> None:
-        if self.max_bytes is not None and n_bytes > self._room():
-            raise CapacityError(
-                f"the cache holds {self.nbytes:,} of its {self.max_bytes:,} bytes and needs {n_bytes:,} more; "
-                "nothing was changed"
-            )
-
-    def _room(self) -> int:
-        return (self.max_bytes or 0) - self.nbytes
 
     def _is_paged(self, group: int) -> bool:
         return self.spec.layout == "paged" or self.spec.groups[group].retention.window is not None
@@ -288,7 +314,7 @@ class Memory:
                     break
                 pool.shrink(arena.shrink(left))
 
-    def _consolidate(self) -> None:
+    def _consolidate(self, sequences: Seq[Sequence]) -> None:
         """Move the blocks held in last slabs to free places before them, where that frees slabs to give back.
 
         Done between steps only. Plans that other caches over this memory hold from their last step become void.
@@ -302,15 +328,15 @@ class Memory:
                     break
                 n_left = slab.first
                 moving.extend(b for b in range(slab.first, slab.first + slab.n_blocks) if pool.references(b))
-            self._move_blocks(g, sorted(block for block in moving if block >= n_left))
+            self._move_blocks(g, sorted(block for block in moving if block >= n_left), sequences)
 
-    def _move_blocks(self, group: int, blocks: Seq[int]) -> None:
-        """Let the lowest free blocks take the place of `blocks`."""
+    def _move_blocks(self, group: int, blocks: Seq[int], sequences: Seq[Sequence]) -> None:
+        """Let the lowest free blocks take the place of `blocks`, in the tables of all `sequences` there are."""
         if not blocks:
             return
         moved = self.ledger.pools[group].relocate(blocks)
         self.arenas[group].relocate(moved.items())
-        for sequence in (*self._live, *self._cached):
+        for sequence in sequences:
             table = sequence.tables[group]
             table.block_ids[:] = [moved.get(block, block) for block in table.block_ids]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from stratakv.attention import AttentionBackend, AttentionOptions, ReferenceBackend
 from stratakv.attention.reference import attend_tensors
+from stratakv.blocks.view import KVView
 from stratakv.errors import UnsupportedError
 from stratakv.integrations.transformers.compat import (
     ALL_ATTENTION_FUNCTIONS,
@@ -16,8 +18,9 @@ from stratakv.integrations.transformers.compat import (
     AttentionInterface,
     AttentionMaskInterface,
 )
+from stratakv.integrations.transformers.gradients import without_gradients
 from stratakv.integrations.transformers.state import ATTENTION_NAME
-from stratakv.integrations.transformers.tickets import redeem
+from stratakv.integrations.transformers.tickets import Ticket, redeem
 
 
 def register() -> None:
@@ -70,8 +73,11 @@ def attention_forward(
     if ticket is not None:
         if dropout:
             raise UnsupportedError("attention dropout is for training; call model.eval() before using a cache")
-        at_view = AttentionOptions(**{**vars(options), "mask_offset": ticket.mask_offset})
-        out, _ = _backend().run(query, ticket.view, at_view)
+        at_view = replace(options, mask_offset=_mask_offset(ticket, key.shape[2], attention_mask))
+        _check_sinks(ticket.view, at_view)
+        with torch.autocast(query.device.type, enabled=False):  # sums stay in fp32
+            out, _ = _backend().run(query, ticket.view, at_view)
+        out = without_gradients(out, "attention over stored keys and values") if query.requires_grad else out
     elif dropout == 0 and (options.softcap is not None or options.sinks is not None):
         # sdpa has neither; without a mask, and with several queries, it takes causal from the layer as we do.
         out = attend_tensors(query, key, value, options)
@@ -80,6 +86,29 @@ def attention_forward(
         attended: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **passed)[0]
         return attended, None
     return out.transpose(1, 2).contiguous(), None
+
+
+def _mask_offset(ticket: Ticket, n_columns: int, mask: Tensor | None) -> int:
+    """The position of the mask's first column. A mask of another width than was announced begins at position 0."""
+    view = ticket.view
+    n_seen = view.seen_tokens + view.n_new
+    if mask is None or mask.shape[-1] == n_columns:
+        return ticket.mask_offset
+    if mask.shape[-1] == n_seen:
+        return 0
+    raise UnsupportedError(
+        f"layer {view.layer} was given a mask of {mask.shape[-1]} columns, where {n_columns} or {n_seen} are right"
+    )
+
+
+def _check_sinks(view: KVView, options: AttentionOptions) -> None:
+    """Refuse sinks that padding hides: a padded sequence would not be what it is without padding."""
+    n_sinks = max((part.retention.sinks for part in view.parts if part.retention is not None), default=0)
+    if not n_sinks or options.mask is None or options.mask_offset:
+        return
+    shown = options.mask[..., -1, : min(n_sinks, options.mask.shape[-1])]  # of the last query
+    if not bool((shown if shown.dtype == torch.bool else shown >= 0).all()):
+        raise UnsupportedError("a policy with sinks keeps a sequence's first tokens, which here are padding; pad right")
 
 
 def _backend() -> AttentionBackend:

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from stratakv.blocks.batch import SequenceBatch
+from stratakv.blocks.budget import Budget
 from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
 from stratakv.codecs import codec_names
-from stratakv.errors import ConfigurationError, FingerprintError, StateError, UnsupportedError
+from stratakv.errors import ConfigurationError, StateError, UnsupportedError
 from stratakv.integrations.transformers.compat import (
-    DynamicLayer,
     PreTrainedModel,
     query_length,
 )
-from stratakv.integrations.transformers.geometry import layer_specs, template_layers
+from stratakv.integrations.transformers.geometry import layer_specs, servable_layers
+from stratakv.integrations.transformers.gradients import without_gradients
 from stratakv.integrations.transformers.layers import KVLayer
 from stratakv.integrations.transformers.state import CacheState
 from stratakv.integrations.transformers.tickets import issue
@@ -47,8 +48,10 @@ class KVCache(CacheState):
         *,
         attachable: bool = True,
         needs_wrapper: bool = False,
+        exact: bool = False,
     ) -> None:
         super().__init__(model, batch, layers, attachable=attachable)
+        self.exact = exact
         self.needs_wrapper = needs_wrapper
         self.reached = False
         """Of an encoder-decoder's: whether the model got here by the wrapper since the last step began. Where it holds
@@ -93,16 +96,12 @@ class KVCache(CacheState):
         """
         if policy is not None and not isinstance(policy, RetentionPolicy):
             raise ConfigurationError(f"policy must be a RetentionPolicy such as Window(512), got {policy!r}")
-        takes_cache = getattr(type(model), "_supports_default_dynamic_cache", None)
-        if takes_cache is not None and not takes_cache():
-            raise UnsupportedError(f"{type(model).__name__} accepts only a cache class of its own")
-        layers = template_layers(model.config)
-        if not any(isinstance(layer, DynamicLayer) for layer in layers):
-            raise UnsupportedError(f"{type(model).__name__} has no attention layers that cache keys and values")
+        layers = servable_layers(model)
         own = FORMAT_OF_DTYPE.get(model.dtype)
         if format is None and own is None and (k_format is None or v_format is None):
             raise UnsupportedError(f"no format stores {model.dtype} exactly; choose one of {', '.join(codec_names())}")
         chosen = format or own
+        exact = format is None and k_format is None and v_format is None
         options: dict[str, Any] = {
             "k_format": k_format or chosen,
             "v_format": v_format or chosen,
@@ -110,13 +109,14 @@ class KVCache(CacheState):
         }
         specs = layer_specs(model.config, layers)
         spec = build_spec(specs, **options, layout=layout, capacity=capacity, policy=policy)
-        max_bytes = None if memory is None else parse_bytes(memory)
+        budget = Budget(None if memory is None else parse_bytes(memory))
         is_encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
 
         def cache(spec: CacheSpec, policy: RetentionPolicy | None, *, is_self: bool) -> KVCache:
-            memory = Memory(spec, device=model.device, max_bytes=max_bytes, poison=poison)
+            memory = Memory(spec, device=model.device, budget=budget, poison=poison)
             wrapped = is_encoder_decoder and is_self
-            return cls(model, SequenceBatch(memory, policy), layers, attachable=is_self, needs_wrapper=wrapped)
+            batch = SequenceBatch(memory, policy)
+            return cls(model, batch, layers, attachable=is_self, needs_wrapper=wrapped, exact=exact)
 
         own_cache = cache(spec, policy, is_self=True)
         if policy is not None and not own_cache.is_attached:
@@ -175,6 +175,9 @@ class KVCache(CacheState):
             if batch.open_step is not None and not batch.open_step.written:
                 batch.abort()
             raise
+        if batch.open_step is None:
+            self.token_ids = None  # what was fed is not known
+        self._fed.note_rows(layer_idx)
         if self.is_attached:
             return issue(view, n_columns, offset, self._epoch, key_states)
         keys, values = view.gather(key_states.dtype)
@@ -183,6 +186,9 @@ class KVCache(CacheState):
                 f"layer {layer_idx} holds {keys.shape[2]} rows where its mask has {n_columns} columns: rows were "
                 "dropped that the model's mask shows. Call stratakv.attach(model)"
             )
+        if key_states.requires_grad or value_states.requires_grad:
+            keys = without_gradients(keys, "stored keys", key_states)
+            values = without_gradients(values, "stored values", value_states)
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -231,19 +237,12 @@ class KVCache(CacheState):
         """Replace what this cache holds by what `save` wrote. A failure of any kind leaves it as it was.
 
         Raises:
-            As `load`.
+            As `load`, and FingerprintError where the file's cache has other settings than this one, CapacityError
+            where it is larger than this one may be.
         """
-        loaded = self.load(path, self.model)
-        formats, own = ((s.k_format, s.v_format, s.layout) for s in (loaded.spec, self.spec))
-        if formats != own:
-            raise FingerprintError(f"{path} is of format and layout {formats}, this cache of {own}")
-        self._epoch.advance()
-        self.batch.reset()
-        loaded.batch.memory.max_bytes, loaded.batch.memory.poison = (
-            self.batch.memory.max_bytes,
-            self.batch.memory.poison,
-        )
-        self.batch, self.dtypes, self.token_ids = loaded.batch, loaded.dtypes, loaded.token_ids
+        from stratakv.integrations.transformers.files import restore_cache
+
+        restore_cache(self, Path(path))
 
     def match_prefix(self, token_ids: Any) -> int:
         """Cut the cache to what it shares with a new prompt, and say how many of its tokens need not be fed again.
@@ -259,7 +258,11 @@ class KVCache(CacheState):
         if self.token_ids is None or len(self.token_ids) != 1:
             raise StateError("only a cache of one sequence whose token ids are known can be matched with a prompt")
         common = common_prefix(self.token_ids[0], torch.as_tensor(token_ids).flatten().tolist())
-        self.truncate(common)
+        try:
+            self.truncate(common)
+        except StateError:  # rows that a shorter run would see have left a window: nothing can be used
+            self.reset()
+            return 0
         return common
 
     # What transformers asks
@@ -305,11 +308,22 @@ class KVCache(CacheState):
             raise UnsupportedError(_BARE_DECODER_CACHE)
         self.reached = False
         self._fed.check(self.batch.seen_tokens, between_forwards=False)
+        if not key_states.shape[0] or not key_states.shape[2]:
+            raise UnsupportedError(f"a forward has at least one sequence and token, this one {key_states.shape[::2]}")
+        if any(group.imposed for group in self.spec.groups) and not self.is_attached:
+            raise UnsupportedError(
+                "this cache has a policy, which the model's own attention knows nothing of; call stratakv.attach(model)"
+            )
         self.batch.begin(key_states.shape[0], key_states.shape[2])
         self._epoch.advance()
-        self.token_ids = None
 
     def _learn_shape(self, layer: KVLayer, keys: Tensor, values: Tensor) -> None:
+        for name, rows in ((self.spec.k_format, keys), (self.spec.v_format, values)):
+            if self.exact and rows.dtype not in _STORED_EXACTLY.get(name, ()):
+                raise UnsupportedError(
+                    f"the cache was made to store what the model computes exactly, in {name}, and now it computes "
+                    f"{rows.dtype}; make a new one, or choose a format"
+                )
         self.dtypes.setdefault(layer.index, keys.dtype)
         known = self.spec.layers_by_index[layer.index]
         shown = LayerSpec(layer.index, keys.shape[1], keys.shape[3], values.shape[3], known.window)
@@ -325,6 +339,8 @@ def common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
     same = next((i for i, (a, b) in enumerate(zip(held, wanted, strict=False)) if a != b), min(len(held), len(wanted)))
     return max(min(same, len(wanted) - 1), 0)
 
+
+_STORED_EXACTLY = {"fp32": tuple(FORMAT_OF_DTYPE), "bf16": (torch.bfloat16,), "fp16": (torch.float16,)}
 
 _BARE_DECODER_CACHE = (
     "a decoder's cache alone was passed to an encoder-decoder model, whose cross-attention would store its rows "

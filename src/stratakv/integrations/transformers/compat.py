@@ -41,6 +41,7 @@ __all__ = [
     "positive_crop_keeps",
     "query_length",
     "states_go_through_cache",
+    "takes_cache_argument",
 ]
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -74,10 +75,18 @@ def query_length(argument: int | torch.Tensor) -> int:
     return argument.shape[0] if isinstance(argument, torch.Tensor) else argument
 
 
+CACHE_KEYWORDS = ("cache", "past_key_values", "cache_params")
+
+
 def cache_keyword(model: PreTrainedModel) -> str:
     """The keyword under which the forward takes a cache: `cache` in newer versions, `past_key_values` before."""
     names = forward_parameters(model)
-    return next((name for name in ("cache", "past_key_values", "cache_params") if name in names), "past_key_values")
+    return next((name for name in CACHE_KEYWORDS if name in names), "past_key_values")
+
+
+def takes_cache_argument(model: PreTrainedModel) -> bool:
+    """Whether the forward names a cache among its arguments. Some swallow any in `**kwargs`, and ignore it."""
+    return bool(forward_parameters(model) & set(CACHE_KEYWORDS))
 
 
 def forward_parameters(model: PreTrainedModel) -> frozenset[str]:

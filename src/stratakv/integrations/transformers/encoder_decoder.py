@@ -68,12 +68,14 @@ class EncoderDecoderKVCache(EncoderDecoderCache):  # type: ignore[misc]  # trans
         """Nothing to refuse: both caches can do all that transformers asks of a dynamic cache."""
 
     def truncate(self, n_tokens: int) -> None:
-        """Keep the first `n_tokens` decoder tokens."""
+        """Keep the first `n_tokens` decoder tokens. What an incomplete forward left in either cache is taken back."""
         self.self_attention_cache.truncate(n_tokens)
+        self._drop_open_cross_step()
 
     def crop(self, tokens: int = 0) -> None:
         """As `KVCache.crop`, for the decoder's tokens."""
         self.self_attention_cache.crop(tokens)
+        self._drop_open_cross_step()
 
     def reset(self) -> None:
         """Forget everything, the encoder's rows too."""
@@ -87,8 +89,13 @@ class EncoderDecoderKVCache(EncoderDecoderCache):  # type: ignore[misc]  # trans
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at `indices`, in both caches."""
-        self.self_attention_cache.batch_select_indices(indices)
-        self.cross_attention_cache.batch_select_indices(indices)
+        both = self.self_attention_cache, self.cross_attention_cache
+        chosen, _ = (cache.checked_selection(indices) for cache in both)  # both agree before either changes
+        if not len(chosen):
+            self.reset()
+            return
+        for cache in both:
+            cache.batch_select_indices(chosen)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Have every sequence `repeats` times, in both caches."""
@@ -122,6 +129,12 @@ class EncoderDecoderKVCache(EncoderDecoderCache):  # type: ignore[misc]  # trans
         self.self_attention_cache.rollback(mark.own)
         self.cross_attention_cache.rollback(mark.cross)
         self.is_updated = dict(mark.is_updated)
+
+    def _drop_open_cross_step(self) -> None:
+        """The encoder's rows come whole with the first forward; where that stopped, none of them is left."""
+        if self.cross_attention_cache.batch.open_step is not None:
+            self.cross_attention_cache.reset()
+            self.is_updated = dict.fromkeys(self.is_updated, False)
 
     def save(self, path: Any, token_ids: Any = None) -> None:
         """Refused."""

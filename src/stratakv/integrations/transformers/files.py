@@ -15,7 +15,14 @@ from stratakv.blocks.memory import Memory
 from stratakv.blocks.sequence import GroupTable
 from stratakv.blocks.snapshot import Snapshot, read_snapshot, write_snapshot
 from stratakv.codecs import get_codec
-from stratakv.errors import ConfigurationError, FingerprintError, FormatError, StateError, UnsupportedError
+from stratakv.errors import (
+    CapacityError,
+    ConfigurationError,
+    FingerprintError,
+    FormatError,
+    StateError,
+    UnsupportedError,
+)
 from stratakv.integrations.transformers import recurrent
 from stratakv.integrations.transformers.cache import KVCache
 from stratakv.integrations.transformers.compat import PreTrainedModel
@@ -91,6 +98,34 @@ def load_cache(path: Path, model: PreTrainedModel) -> KVCache:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{path} describes a cache that this build cannot rebuild: {error}") from error
+
+
+def restore_cache(cache: KVCache, path: Path) -> None:
+    """Replace what `cache` holds by what `save_cache` wrote; see `KVCache.restore`."""
+    loaded = load_cache(path, cache.model)
+    theirs, own = _settings(loaded), _settings(cache)
+    if differing := [f"{key}: {theirs[key]!r} there, {own[key]!r} here" for key in own if theirs[key] != own[key]]:
+        raise FingerprintError(f"{path} holds a cache of another kind ({'; '.join(differing)})")
+    old, new = cache.batch.memory, loaded.batch.memory
+    if old.max_bytes is not None and new.nbytes > old.max_bytes:
+        raise CapacityError(f"{path} takes {new.nbytes:,} bytes, this cache may hold {old.max_bytes:,}")
+    cache.reset()
+    new.budget, new.poison = old.budget, old.poison
+    loaded.batch.recording = cache.batch.recording
+    cache.batch, cache.dtypes, cache.token_ids = loaded.batch, loaded.dtypes, loaded.token_ids
+
+
+def _settings(cache: KVCache) -> dict[str, Any]:
+    """What `for_model` was told, as far as it decides what is stored."""
+    spec, policy = cache.spec, cache.batch.policy
+    return {
+        "k_format": spec.k_format,
+        "v_format": spec.v_format,
+        "layout": spec.layout,
+        "capacity": spec.capacity,
+        "block_tokens": spec.groups[0].block_tokens if spec.layout == "paged" else None,
+        "policy": None if policy is None else policy.to_dict(),
+    }
 
 
 def _rebuilt(snapshot: Snapshot, model: PreTrainedModel) -> KVCache:

@@ -10,8 +10,10 @@ from stratakv.integrations.transformers.compat import (
     DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    PreTrainedModel,
     default_layers,
     recurrent_layer_types,
+    takes_cache_argument,
 )
 from stratakv.integrations.transformers.recurrent import has_states
 from stratakv.spec import LayerSpec
@@ -63,6 +65,24 @@ def template_layers(config: Any) -> list[Any]:
                 f"{type(layer).__name__} stores more than keys and values (an indexer or compressed rows), "
                 "which pages do not hold"
             )
+    return layers
+
+
+def servable_layers(model: Any) -> list[Any]:
+    """`template_layers` of a model that can use our cache at all.
+
+    Raises:
+        UnsupportedError: it cannot, with the reason.
+    """
+    name = type(model).__name__
+    takes_cache = getattr(type(model), "_supports_default_dynamic_cache", None)
+    if takes_cache is not None and not takes_cache():
+        raise UnsupportedError(f"{name} accepts only a cache class of its own")
+    if isinstance(model, PreTrainedModel) and not takes_cache_argument(model):
+        raise UnsupportedError(f"the forward of {name} takes no cache")
+    layers = template_layers(model.config)
+    if not any(isinstance(layer, DynamicLayer) for layer in layers):
+        raise UnsupportedError(f"{name} has no attention layers that cache keys and values")
     return layers
 
 

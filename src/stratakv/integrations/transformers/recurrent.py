@@ -22,11 +22,13 @@ class FeedLog:
     """How long the cache was when each state was last fed, which shows a forward that stopped half way.
 
     A forward reaches each state at most once with each verb. Rows of a stopped forward can be taken back, states
-    cannot.
+    cannot. With the last layer's rows the cache grows by the new tokens: states that are fed before that are ahead of
+    the cache while a forward runs, states that are fed after it are behind. Where the last layer with rows has a state
+    too, which of the two it is shows in its first forward.
 
     Args:
         layers: the layers with states.
-        last_row_layer: the last layer with rows. When it has stored its rows, the cache is longer by the new tokens.
+        last_row_layer: the last layer with rows.
     """
 
     def __init__(self, layers: Iterable[int], last_row_layer: int) -> None:
@@ -34,6 +36,12 @@ class FeedLog:
         self.last_row_layer = last_row_layer
         self._fed: dict[tuple[str, int, int], int] = {}
         self._start = 0
+        self._rows_first: bool | None = None  # in the last layer with rows
+
+    def note_rows(self, layer: int) -> None:
+        """`layer` has stored the rows of a forward."""
+        if layer == self.last_row_layer and self._rows_first is None:
+            self._rows_first = True
 
     def note(self, verb: str, layer: int, index: int, seen_tokens: int) -> None:
         """A state is about to be fed with `verb`, while the cache has `seen_tokens`.
@@ -44,6 +52,8 @@ class FeedLog:
         if self._fed.get((verb, layer, index)) == seen_tokens:
             raise StateError(STOPPED)
         self._fed[verb, layer, index] = seen_tokens
+        if layer == self.last_row_layer and self._rows_first is None:
+            self._rows_first = False
 
     def check(self, seen_tokens: int, *, between_forwards: bool = True) -> None:
         """Raise StateError where some states have been fed tokens that others, or the rows, have not.
@@ -52,25 +62,30 @@ class FeedLog:
         """
         if not self._fed:
             return
-        latest = dict.fromkeys(self.layers, -1)  # verbs differ between a first and a later forward
-        for (_, layer, _), fed in self._fed.items():
-            latest[layer] = max(latest[layer], fed)
-        for layer, fed in latest.items():
-            is_behind = layer > self.last_row_layer and max(fed, self._start) != seen_tokens
-            is_ahead = layer <= self.last_row_layer and fed == seen_tokens and between_forwards
-            if is_behind or is_ahead:
+        for layer in self.layers:
+            fed = [at for (_, each, _), at in self._fed.items() if each == layer]
+            is_last = layer == self.last_row_layer
+            if layer > self.last_row_layer or (is_last and self._rows_first):
+                # The latest counts: verbs differ between a first and a later forward.
+                is_uneven = max(fed, default=self._start) != seen_tokens
+            else:
+                # Some verbs of the last layer may come before its rows and others after: all before, then it is ahead.
+                is_uneven = between_forwards and bool(fed) and (min(fed) if is_last else max(fed)) == seen_tokens
+            if is_uneven:
                 raise StateError(STOPPED)
 
     def restart(self, seen_tokens: int) -> None:
         """All states are as after `seen_tokens` again."""
         self._fed.clear()
         self._start = seen_tokens
+        self._rows_first = None
 
     def copy(self) -> FeedLog:
         """The same log for a copy of the states."""
         twin = FeedLog(self.layers, self.last_row_layer)
         twin._fed.update(self._fed)
         twin._start = self._start
+        twin._rows_first = self._rows_first
         return twin
 
 

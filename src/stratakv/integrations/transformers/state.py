@@ -271,9 +271,10 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at `indices`, in that order."""
-        chosen = torch.as_tensor(indices)
-        if chosen.dtype == torch.bool:
-            chosen = chosen.nonzero().flatten()
+        chosen = self.checked_selection(indices)
+        if not len(chosen):
+            self.reset()
+            return
         self._epoch.advance()
         if self.batch.sequences:
             self.batch.select(chosen.tolist())
@@ -281,6 +282,20 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
             recurrent.map_states(layer, lambda state: state.index_select(0, chosen.to(state.device)))
         if self.token_ids is not None:
             self.token_ids = tuple(self.token_ids[i] for i in chosen.tolist())
+
+    def checked_selection(self, indices: Tensor) -> Tensor:
+        """`indices`, or a mask, as int64 indices from 0 on.
+
+        Raises:
+            ConfigurationError: there is no such sequence. StateError: the last forward stopped half way.
+        """
+        self.batch.check_between_steps()
+        chosen = torch.as_tensor(indices)
+        chosen = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen.flatten()
+        n = len(self.batch.sequences)
+        if n and len(chosen) and not (-n <= int(chosen.min()) and int(chosen.max()) < n):
+            raise ConfigurationError(f"there are {n} sequences, got indices {chosen.tolist()}")
+        return chosen % n if n else chosen
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Have every sequence `repeats` times, side by side. Copies nothing.
