@@ -31,7 +31,7 @@ CACHED_EXPONENT_TARGET = 1.1
 GROWTH_RATIO_TARGET = 2.0
 """Doubling copies 1 + 1/2 + 1/4 + ... of what is held, whatever the length."""
 
-STEPS_A_ROUND = 3
+STEPS_A_ROUND = 10
 UNCACHED_BUDGET_SECONDS = 10.0
 """Uncached forwards of one length stop after this on each visit, once there is one."""
 
