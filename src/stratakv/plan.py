@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+from torch import Tensor
+
 from stratakv.errors import ConfigurationError
 
 Run = tuple[int, int]
@@ -75,6 +78,15 @@ class ReadPlan:
     def n_blocks(self) -> int:
         """Blocks of each sequence."""
         return -(-(self.skip + self.n_rows) // self.block_tokens)
+
+    @cached_property
+    def table(self) -> Tensor:
+        """int32 `[n_sequences, n_blocks, 2]`: (slab, block in the slab) of each block, for kernels."""
+        table = torch.empty((self.n_sequences, self.n_blocks, 2), dtype=torch.int32)
+        for s in self.segments:
+            table[s.sequence, s.at : s.at + s.count, 0] = s.slab
+            table[s.sequence, s.at : s.at + s.count, 1] = torch.arange(s.first, s.first + s.count, dtype=torch.int32)
+        return table
 
     @cached_property
     def is_one_run(self) -> bool:

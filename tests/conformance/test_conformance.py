@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stratakv.attention import AttentionOptions, ReferenceBackend
+from stratakv.attention import AttentionOptions, CpuBackend, ReferenceBackend
+from stratakv.attention.cpu import instruction_sets
 from stratakv.blocks.view import KVView
 from stratakv.codecs import codec_names, get_codec
 from stratakv.codecs.floats import BFloat16, Float32
@@ -31,8 +32,13 @@ def test_built_in_policies(policy: RetentionPolicy, block_tokens: int) -> None:
     check_policy(policy, block_tokens=block_tokens)
 
 
-def test_built_in_backends() -> None:
+def test_the_reference_backend() -> None:
     check_backend(ReferenceBackend())
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_the_cpu_backend(isa: str) -> None:
+    check_backend(CpuBackend(isa))
 
 
 # Wrong parts, each in one way

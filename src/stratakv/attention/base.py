@@ -42,8 +42,8 @@ class AttentionBackend(ABC):
     name: str
 
     @abstractmethod
-    def supports(self, view: KVView, options: AttentionOptions) -> str | None:
-        """Why this backend cannot serve the combination, or None where it can."""
+    def supports(self, view: KVView, options: AttentionOptions, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot serve queries of `dtype` over `view`, or None where it can."""
 
     @abstractmethod
     def run(self, query: Tensor, view: KVView, options: AttentionOptions) -> tuple[Tensor, Tensor]:

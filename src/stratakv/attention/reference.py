@@ -19,9 +19,9 @@ class ReferenceBackend(AttentionBackend):
 
     name = "reference"
 
-    def supports(self, view: KVView, options: AttentionOptions) -> str | None:
+    def supports(self, view: KVView, options: AttentionOptions, dtype: torch.dtype) -> str | None:
         """Everything."""
-        del view, options
+        del view, options, dtype
         return None
 
     def run(self, query: Tensor, view: KVView, options: AttentionOptions) -> tuple[Tensor, Tensor]:

@@ -123,7 +123,7 @@ class Arena:
         Raises:
             StateError: blocks moved since the plan was made. Nothing was written.
         """
-        self._check_version(plan)
+        self.check_version(plan)
         spec = self.spec.members[member]
         rows = torch.arange(plan.row, plan.row + plan.n_tokens)
         at, row = rows // plan.block_tokens - plan.row // plan.block_tokens, rows % plan.block_tokens
@@ -152,7 +152,7 @@ class Arena:
         Raises:
             StateError: blocks moved since the plan was made.
         """
-        self._check_version(plan)
+        self.check_version(plan)
         spec = self.spec.members[member]
         tensors = []
         for is_key, codec, layout in ((True, self.k_codec, spec.k_layout), (False, self.v_codec, spec.v_layout)):
@@ -168,6 +168,10 @@ class Arena:
                 view = out.flatten(2, 3)
             tensors.append(view[:, :, plan.skip : plan.skip + plan.n_rows])
         return tensors[0], tensors[1]
+
+    def addresses(self, member: int) -> Tensor:
+        """int64 `[n_slabs]`: where the bytes of one member lie, slab by slab. For kernels that read pages in place."""
+        return torch.tensor([slab.members[member].data_ptr() for slab in self.slabs], dtype=torch.int64)
 
     def relocate(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy whole blocks whose ids change: (old id, new id)."""
@@ -226,7 +230,8 @@ class Arena:
             for tensor in self.slabs[slab].members:
                 tensor[index].fill_(0xFF)
 
-    def _check_version(self, plan: ReadPlan | WritePlan) -> None:
+    def check_version(self, plan: ReadPlan | WritePlan) -> None:
+        """Raise StateError where blocks moved since `plan` was made."""
         if plan.version != self.version:
             raise StateError("blocks moved since this view was made; a view is good for one step of its cache")
 

@@ -79,7 +79,7 @@ def check_backend(backend: AttentionBackend, *, tolerance: float = 2e-5) -> None
         view = make_view(2, n_kv_heads, 19, n_new, k_dim=dims[0], v_dim=dims[1], block_tokens=block_tokens)
         query = torch.randn(2, n_query_heads, n_new, dims[0], generator=torch.Generator().manual_seed(1))
         for options in _options(2, n_query_heads, n_new, 19):
-            if backend.supports(view, options) is not None:
+            if backend.supports(view, options, query.dtype) is not None:
                 continue
             n_served += 1
             _check_attention(backend, query, view, options, tolerance)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stratakv.blocks.geometry import LAYOUTS
-from stratakv.integrations.transformers.attach import attach
+from stratakv.integrations.transformers.attachment import attach
 from stratakv.integrations.transformers.cache import KVCache
 from stratakv.integrations.transformers.compat import PreTrainedModel
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stratakv.attention import AttentionBackend, AttentionOptions, ReferenceBackend
+from stratakv.attention import AttentionOptions, backend_for
 from stratakv.attention.reference import attend_tensors
 from stratakv.blocks.view import KVView
 from stratakv.errors import UnsupportedError
@@ -76,7 +76,7 @@ def attention_forward(
         at_view = replace(options, mask_offset=_mask_offset(ticket, key.shape[2], attention_mask))
         _check_sinks(ticket.view, at_view)
         with torch.autocast(query.device.type, enabled=False):  # sums stay in fp32
-            out, _ = _backend().run(query, ticket.view, at_view)
+            out, _ = backend_for(ticket.view, at_view, query.dtype).run(query, ticket.view, at_view)
         out = without_gradients(out, "attention over stored keys and values") if query.requires_grad else out
     elif dropout == 0 and (options.softcap is not None or options.sinks is not None):
         # sdpa has neither; without a mask, and with several queries, it takes causal from the layer as we do.
@@ -109,7 +109,3 @@ def _check_sinks(view: KVView, options: AttentionOptions) -> None:
     shown = options.mask[..., -1, : min(n_sinks, options.mask.shape[-1])]  # of the last query
     if not bool((shown if shown.dtype == torch.bool else shown >= 0).all()):
         raise UnsupportedError("a policy with sinks keeps a sequence's first tokens, which here are padding; pad right")
-
-
-def _backend() -> AttentionBackend:
-    return ReferenceBackend()

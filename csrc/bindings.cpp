@@ -1,0 +1,124 @@
+// What Python sees: addresses and sizes in, nothing out but the numbers that were written. Callers check.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "attention/arguments.h"
+#include "kernels.h"
+
+namespace nb = nanobind;
+using stratakv::AttentionArguments;
+using stratakv::Kernels;
+
+namespace {
+
+const Kernels& kernels_of(const std::string& isa) {
+  std::size_t count = 0;
+  const Kernels* const* all = stratakv::compiled_kernels(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (all[i]->isa == isa && all[i]->is_supported()) return *all[i];
+  }
+  throw std::invalid_argument("this processor has no " + isa);
+}
+
+std::vector<std::string> supported_isas() {
+  std::size_t count = 0;
+  const Kernels* const* all = stratakv::compiled_kernels(count);
+  std::vector<std::string> names;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (all[i]->is_supported()) names.emplace_back(all[i]->isa);
+  }
+  return names;
+}
+
+template <typename T>
+T* at(std::intptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The calls of one step over one group differ in a few addresses only. The rest is set once, here.
+class Step {
+ public:
+  explicit Step(const std::string& isa) : kernels_(&kernels_of(isa)) {}
+
+  void set_pages(std::intptr_t table, std::int64_t table_stride, int n_sequences, int n_heads, int block_tokens) {
+    a_.pages.table = at<const std::int32_t>(table);
+    a_.pages.table_stride = table_stride;
+    a_.pages.n_heads = n_heads;
+    a_.pages.block_tokens = block_tokens;
+    a_.n_sequences = n_sequences;
+  }
+
+  void set_member(std::int64_t block_bytes, std::int64_t k_page_bytes, std::int64_t v_page_bytes, int k_dim, int v_dim, int k_type,
+                  int v_type) {
+    a_.pages.block_bytes = block_bytes;
+    a_.pages.k_page_bytes = k_page_bytes;
+    a_.pages.v_page_bytes = v_page_bytes;
+    a_.pages.k_dim = k_dim;
+    a_.pages.v_dim = v_dim;
+    a_.pages.k_type = static_cast<stratakv::NumberType>(k_type);
+    a_.pages.v_type = static_cast<stratakv::NumberType>(v_type);
+  }
+
+  void set_rows(std::intptr_t counts, std::intptr_t skips, std::intptr_t first_positions, std::intptr_t positions,
+                std::int64_t positions_stride, std::intptr_t query_positions) {
+    a_.rows = {at<const std::int32_t>(counts), at<const std::int32_t>(skips), at<const std::int32_t>(first_positions),
+               at<const std::int32_t>(positions), positions_stride};
+    a_.query_positions = at<const std::int32_t>(query_positions);
+  }
+
+  void set_rules(float scale, float softcap, bool is_causal, int window, int sinks, std::intptr_t slopes, std::intptr_t head_sinks) {
+    a_.rules = {scale, softcap, is_causal, window, sinks, at<const float>(slopes), at<const float>(head_sinks)};
+  }
+
+  void set_mask(std::intptr_t data, std::int64_t sequence, std::int64_t head, std::int64_t token, int kind, int offset) {
+    a_.mask = {{at<const void>(data), sequence, head, token}, static_cast<stratakv::MaskKind>(kind), offset};
+  }
+
+  void set_queries(int group, int n_new, int type, int n_threads) {
+    a_.group = group;
+    a_.n_new = n_new;
+    a_.query_type = static_cast<stratakv::NumberType>(type);
+    a_.n_threads = n_threads;
+  }
+
+  std::int64_t scratch_floats() const { return kernels_->decode_floats(a_); }
+
+  void run(std::intptr_t slabs, std::intptr_t query, std::int64_t q_sequence, std::int64_t q_head, std::int64_t q_token,
+           std::intptr_t out, std::int64_t o_sequence, std::int64_t o_head, std::int64_t o_token, std::intptr_t lse,
+           std::intptr_t scratch) {
+    AttentionArguments a = a_;
+    a.pages.slabs = at<const std::int64_t>(slabs);
+    a.query = {at<const void>(query), q_sequence, q_head, q_token};
+    a.out = {at<void>(out), o_sequence, o_head, o_token};
+    const std::int64_t n_query_heads = std::int64_t{a.pages.n_heads} * a.group;
+    a.lse = {at<float>(lse), n_query_heads * a.n_new, a.n_new, 1};
+    a.scratch = at<float>(scratch);
+    nb::gil_scoped_release release;
+    kernels_->decode(a);
+  }
+
+ private:
+  const Kernels* kernels_;
+  AttentionArguments a_{};
+};
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+  m.def("supported_isas", &supported_isas, "Instruction sets that are compiled in and that this processor has, best first.");
+  nb::class_<Step>(m, "Step")
+      .def(nb::init<const std::string&>())
+      .def("set_pages", &Step::set_pages)
+      .def("set_member", &Step::set_member)
+      .def("set_rows", &Step::set_rows)
+      .def("set_rules", &Step::set_rules)
+      .def("set_mask", &Step::set_mask)
+      .def("set_queries", &Step::set_queries)
+      .def("scratch_floats", &Step::scratch_floats)
+      .def("run", &Step::run);
+}

@@ -1,0 +1,33 @@
+// What <algorithm> has, once for each instruction set: the linker merges the standard library's own templates across
+// files, and could give a plain processor code that was compiled for a newer one.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace stratakv::STRATAKV_ISA {
+
+template <typename T>
+inline T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+
+template <typename T>
+inline T larger(T a, T b) {
+  return a < b ? b : a;
+}
+
+template <typename T>
+inline T between(T x, T low, T high) {
+  return smaller(larger(x, low), high);
+}
+
+inline void fill(float* to, std::ptrdiff_t n, float value) {
+  for (std::ptrdiff_t i = 0; i < n; ++i) to[i] = value;
+}
+
+inline void copy(const float* from, std::ptrdiff_t n, float* to) {
+  for (std::ptrdiff_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
+}  // namespace stratakv::STRATAKV_ISA

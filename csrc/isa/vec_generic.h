@@ -1,0 +1,123 @@
+// Eight floats as an array, for any processor: the compiler makes of it what it can.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "numbers.h"
+
+namespace stratakv::STRATAKV_ISA {
+
+inline float widen(float x) { return x; }
+
+inline float widen(BFloat x) {
+  const std::uint32_t bits = std::uint32_t{x.bits} << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+inline float widen(Half x) {
+  const std::uint32_t sign = std::uint32_t{x.bits & 0x8000u} << 16;
+  const std::uint32_t exponent = (x.bits >> 10) & 0x1F, mantissa = x.bits & 0x3FF;
+  float out;
+  if (exponent == 0) {  // zero or subnormal: the mantissa counts 2^-24
+    out = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+    return sign ? -out : out;
+  }
+  const std::uint32_t bits = sign | (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) | (mantissa << 13);
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+inline void narrow(float x, float& to) { to = x; }
+
+inline void narrow(float x, BFloat& to) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) {
+    to.bits = 0x7FC0;
+  } else {
+    to.bits = static_cast<std::uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+  }
+}
+
+inline void narrow(float x, Half& to) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const std::uint16_t sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000);
+  const float size = std::fabs(x);
+  if (x != x) {
+    to.bits = static_cast<std::uint16_t>(sign | 0x7E00);
+  } else if (size >= 65520.0f) {
+    to.bits = static_cast<std::uint16_t>(sign | 0x7C00);
+  } else if (size < 6.103515625e-5f) {  // subnormal: counted in 2^-24
+    to.bits = static_cast<std::uint16_t>(sign | static_cast<std::uint16_t>(std::nearbyint(size * 16777216.0f)));
+  } else {
+    const std::uint32_t rounded = (bits & 0x7FFFFFFF) + 0xFFF + ((bits >> 13) & 1);
+    to.bits = static_cast<std::uint16_t>(sign | ((rounded - (112u << 23)) >> 13));
+  }
+}
+
+struct Vec {
+  static constexpr int kWidth = 8;
+  static constexpr int kRegisters = 16;
+  float v[kWidth];
+
+  static Vec all(float x) { return map([=](int) { return x; }); }
+  static Vec zero() { return all(0.0f); }
+  template <typename T>
+  static Vec load(const T* p) { return map([=](int i) { return widen(p[i]); }); }
+  template <typename T>
+  static Vec load_some(const T* p, int n) { return map([=](int i) { return i < n ? widen(p[i]) : 0.0f; }); }
+  template <typename T>
+  void store(T* p) const { store_some(p, kWidth); }
+  template <typename T>
+  void store_some(T* p, int n) const {
+    for (int i = 0; i < n; ++i) narrow(v[i], p[i]);
+  }
+
+  static Vec fma(Vec a, Vec b, Vec c) { return map([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
+  static Vec max(Vec a, Vec b) { return map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+  friend Vec operator+(Vec a, Vec b) { return map([&](int i) { return a.v[i] + b.v[i]; }); }
+  friend Vec operator-(Vec a, Vec b) { return map([&](int i) { return a.v[i] - b.v[i]; }); }
+  friend Vec operator*(Vec a, Vec b) { return map([&](int i) { return a.v[i] * b.v[i]; }); }
+
+  float sum() const {
+    float s = 0.0f;
+    for (float x : v) s += x;
+    return s;
+  }
+  float largest() const {
+    float m = v[0];
+    for (float x : v) m = x > m ? x : m;
+    return m;
+  }
+  static void store_sums(Vec a, Vec b, Vec c, Vec d, float* p) {
+    p[0] = a.sum();
+    p[1] = b.sum();
+    p[2] = c.sum();
+    p[3] = d.sum();
+  }
+
+  static Vec zero_where_less(Vec a, Vec b, Vec value) { return map([&](int i) { return a.v[i] < b.v[i] ? 0.0f : value.v[i]; }); }
+  static Vec round(Vec a) { return map([&](int i) { return std::nearbyint(a.v[i]); }); }
+  static Vec power_of_two(Vec n) {
+    return map([&](int i) {
+      const std::uint32_t bits = n.v[i] == n.v[i] ? static_cast<std::uint32_t>(static_cast<std::int32_t>(n.v[i]) + 127) << 23 : 0x7FC00000u;
+      float out;
+      std::memcpy(&out, &bits, sizeof out);
+      return out;
+    });
+  }
+
+ private:
+  template <typename Function>
+  static Vec map(const Function& function) {
+    Vec out;
+    for (int i = 0; i < kWidth; ++i) out.v[i] = function(i);
+    return out;
+  }
+};
+
+}  // namespace stratakv::STRATAKV_ISA

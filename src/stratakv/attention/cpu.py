@@ -1,0 +1,205 @@
+"""Attention over pages by the C++ kernels: nothing is gathered, every byte of K and V is read where it lies."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stratakv.attention.base import AttentionBackend, AttentionOptions
+from stratakv.blocks.view import KVPart, KVView
+from stratakv.errors import ConfigurationError, UnsupportedError
+
+try:
+    from stratakv import _kernels
+except ImportError:  # installed without the extension
+    _kernels = None  # type: ignore[assignment]
+
+NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2}
+QUERIES_A_CALL = 64
+"""New tokens that one call takes; rows that none of them sees are not read."""
+
+
+def is_built() -> bool:
+    """Whether the extension was compiled and could be loaded."""
+    return _kernels is not None
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """What this processor can run, best first."""
+    return tuple(_kernels.supported_isas()) if _kernels is not None else ()
+
+
+class CpuBackend(AttentionBackend):
+    """Decode attention over float pages in RAM.
+
+    Args:
+        isa: one of `instruction_sets()`; None: what the environment variable STRATAKV_ISA names, or the best.
+
+    Raises:
+        UnsupportedError: the extension is not there. ConfigurationError: this processor has no `isa`.
+    """
+
+    name = "cpu"
+
+    def __init__(self, isa: str | None = None) -> None:
+        if _kernels is None:
+            raise UnsupportedError(
+                "the extension stratakv._kernels was not built; install a C++ compiler and reinstall"
+            )
+        available = instruction_sets()
+        self.isa = isa or os.environ.get("STRATAKV_ISA") or available[0]
+        if self.isa not in available:
+            raise ConfigurationError(f"the instruction set {self.isa!r} is not one of {', '.join(available)}")
+        self._step = _kernels.Step(self.isa)
+        self._scratch = torch.empty(0)
+
+    def supports(self, view: KVView, options: AttentionOptions, dtype: torch.dtype) -> str | None:
+        """Float pages in RAM; no position bias beside a boolean mask."""
+        if dtype not in NUMBER_TYPES:
+            return f"queries are {dtype}"
+        for part in view.parts:
+            arena = part.arena
+            if arena.device.type != "cpu":
+                return f"pages are on {arena.device}"
+            if arena.k_codec.name not in FORMATS or arena.v_codec.name not in FORMATS:
+                return f"pages are stored as {arena.k_codec.name} and {arena.v_codec.name}"
+        if options.bias is not None and options.mask is not None and options.mask.dtype == torch.bool:
+            return "a bias beside a boolean mask"
+        return None
+
+    def run(self, query: Tensor, view: KVView, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+        """Attend part by part: the heads of a part hold the same rows."""
+        n_sequences, n_query_heads, n_new, k_dim = query.shape
+        if n_query_heads % view.n_kv_heads or k_dim != view.k_dim or n_sequences != view.n_sequences:
+            raise ConfigurationError(
+                f"queries {tuple(query.shape)} do not fit {view.n_sequences} sequences of {view.n_kv_heads} KV heads "
+                f"with keys of {view.k_dim}"
+            )
+        query = query if query.stride(3) == 1 else query.contiguous()
+        group = n_query_heads // view.n_kv_heads
+        out = query.new_empty((n_sequences, n_new, n_query_heads, view.v_dim)).transpose(1, 2)
+        lse = torch.empty((n_sequences, n_query_heads, n_new), dtype=torch.float32)
+        table = _added(options)
+        for part in view.parts:
+            if part.heads == tuple(range(view.n_kv_heads)):
+                self._run_part(query, part, view, options, table, group, out, lse)
+                continue
+            heads = torch.tensor([head * group + g for head in part.heads for g in range(group)])
+            shape = (n_sequences, n_new, len(heads), view.v_dim)
+            own = query.new_empty(shape).transpose(1, 2), lse.new_empty(shape[0], shape[2], shape[1])
+            chosen = table if table is None or table.shape[1] == 1 else table[:, heads]
+            self._run_part(query[:, heads], part, view, options, chosen, group, *own, heads=heads)
+            out[:, heads], lse[:, heads] = own
+        return out, lse
+
+    def _run_part(
+        self,
+        query: Tensor,
+        part: KVPart,
+        view: KVView,
+        options: AttentionOptions,
+        table: Tensor | None,
+        group: int,
+        out: Tensor,
+        lse: Tensor,
+        heads: Tensor | None = None,
+    ) -> None:
+        step, plan, arena = self._step, part.plan, part.arena
+        arena.check_version(plan)
+        member = arena.spec.members[part.member]
+        positions = None if plan.is_one_run else _row_positions(part)
+        first = (plan.runs[0][0] if plan.runs else 0) - plan.skip
+        retention = part.retention
+        sinks = options.sinks if options.sinks is None or heads is None else options.sinks[heads]
+        sinks = None if sinks is None else sinks.float().contiguous()
+        step.set_pages(
+            plan.table.data_ptr(), plan.table.stride(0), plan.n_sequences, len(member.heads), plan.block_tokens
+        )
+        step.set_member(
+            member.nbytes,
+            member.k_layout.nbytes,
+            member.v_layout.nbytes,
+            view.k_dim,
+            view.v_dim,
+            FORMATS[arena.k_codec.name],
+            FORMATS[arena.v_codec.name],
+        )
+        step.set_rules(
+            options.scale,
+            options.softcap or 0.0,
+            options.causal and options.mask is None,
+            0 if retention is None or retention.window is None else retention.window,
+            0 if retention is None else retention.sinks,
+            0,
+            0 if sinks is None else sinks.data_ptr(),
+        )
+        slabs = arena.addresses(part.member)
+        for start in range(0, query.shape[2], QUERIES_A_CALL):
+            chosen = query[:, :, start : start + QUERIES_A_CALL]
+            n = chosen.shape[2]
+            position = view.seen_tokens + start
+            n_rows = plan.skip + _rows_seen(part, position + n, view, options)
+            numbers = torch.tensor([n_rows, plan.skip, first, position], dtype=torch.int32)
+            numbers = numbers.unsqueeze(1).expand(4, plan.n_sequences).contiguous()
+            counts, skips, firsts, queries = (row.data_ptr() for row in numbers)
+            step.set_rows(counts, skips, firsts, 0 if positions is None else positions.data_ptr(), 0, queries)
+            step.set_queries(group, n, NUMBER_TYPES[query.dtype], torch.get_num_threads())
+            _set_mask(step, table, options.mask_offset, start, n)
+            piece, sums = out[:, :, start : start + n], lse[:, :, start : start + n]
+            own = sums if sums.is_contiguous() else torch.empty(sums.shape)
+            step.run(
+                slabs.data_ptr(),
+                chosen.data_ptr(),
+                *_strides(chosen),
+                piece.data_ptr(),
+                *_strides(piece),
+                own.data_ptr(),
+                self._room(step.scratch_floats()),
+            )
+            if own is not sums:
+                sums.copy_(own)
+
+    def _room(self, n_floats: int) -> int:
+        if self._scratch.numel() < n_floats:
+            self._scratch = torch.empty(n_floats)
+        return self._scratch.data_ptr()
+
+
+def _strides(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+
+def _added(options: AttentionOptions) -> Tensor | None:
+    """The mask as the kernel takes it: bool, or fp32 to add; 4 dims."""
+    if options.bias is not None:
+        total = options.bias if options.mask is None else options.bias + options.mask
+        return total.float().contiguous()
+    if options.mask is None or options.mask.dtype == torch.bool:
+        return options.mask
+    return options.mask.float()
+
+
+def _set_mask(step: Any, table: Tensor | None, offset: int, start: int, n: int) -> None:
+    if table is None:
+        step.set_mask(0, 0, 0, 0, 0, 0)
+        return
+    table = table if table.shape[2] == 1 else table[:, :, start : start + n]
+    table = table if table.stride(3) == 1 else table.contiguous()
+    strides = [stride if size > 1 else 0 for stride, size in zip(table.stride()[:3], table.shape[:3], strict=True)]
+    step.set_mask(table.data_ptr(), *strides, 1 if table.dtype == torch.bool else 2, offset)
+
+
+def _rows_seen(part: KVPart, end: int, view: KVView, options: AttentionOptions) -> int:
+    """Rows, skipped ones left out, at positions before `end`; all, where later ones may be seen."""
+    if not options.causal or options.mask is not None or end >= view.seen_tokens + view.n_new:
+        return part.plan.n_rows
+    return sum(min(max(end - first, 0), count) for first, count in part.plan.runs)
+
+
+def _row_positions(part: KVPart) -> Tensor:
+    """int32 `[skip + n_rows]`; what is skipped has no position."""
+    return torch.cat([torch.zeros(part.plan.skip, dtype=torch.int32), part.positions().int()])

@@ -1,0 +1,138 @@
+"""The C++ kernels, in every instruction set of this processor, against the reference in double precision."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stratakv.attention import AttentionOptions, CpuBackend, ReferenceBackend, backend_for
+from stratakv.attention.cpu import instruction_sets, is_built
+from stratakv.blocks.view import KVView
+from stratakv.errors import ConfigurationError, StateError
+from stratakv.policies import Window
+from stratakv.testing.views import make_view
+
+pytestmark = pytest.mark.skipif(not is_built(), reason="installed without the extension, on purpose or for want of g++")
+
+every_isa = pytest.mark.parametrize("isa", instruction_sets())
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def queries(n_sequences: int, n_heads: int, n_new: int, dim: int, seed: int = 5) -> Tensor:
+    return torch.randn(n_sequences, n_heads, n_new, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_right(isa: str, view: KVView, query: Tensor, options: AttentionOptions, tolerance: float = 3e-6) -> None:
+    out, lse = CpuBackend(isa).run(query, view, options)
+    expected, expected_lse = ReferenceBackend().run(query.double(), view, options)
+    rounding = tolerance if query.dtype == torch.float32 else float(torch.finfo(query.dtype).eps)
+    torch.testing.assert_close(out.double(), expected, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=3e-6, atol=1e-5)
+
+
+@every_isa
+@pytest.mark.parametrize("dims", [(32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (5, 3)])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16])
+def test_head_dims_and_groups(isa: str, dims: tuple[int, int], group: int) -> None:
+    view = make_view(1, 2, 77, 1, k_dim=dims[0], v_dim=dims[1], block_tokens=16)
+    assert_right(isa, view, queries(1, 2 * group, 1, dims[0]), AttentionOptions(dims[0] ** -0.5))
+
+
+@every_isa
+@pytest.mark.parametrize("block_tokens", [1, 16, 64, 100, 256])
+@pytest.mark.parametrize("n_rows", [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300])
+def test_lengths_around_the_edges_of_blocks(isa: str, block_tokens: int, n_rows: int) -> None:
+    view = make_view(2, 3, n_rows, 1, k_dim=16, v_dim=24, block_tokens=block_tokens)
+    assert_right(isa, view, queries(2, 9, 1, 16), AttentionOptions(0.25))
+
+
+@every_isa
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("query_dtype", FORMATS.values())
+def test_formats_and_dtypes(isa: str, format_name: str, query_dtype: torch.dtype) -> None:
+    view = make_view(2, 2, 90, 3, k_dim=40, v_dim=72, block_tokens=32, format=format_name)
+    assert_right(isa, view, queries(2, 6, 3, 40).to(query_dtype), AttentionOptions(0.2))
+
+
+@every_isa
+@pytest.mark.parametrize("n_new", [1, 3, 64, 65, 130])
+@pytest.mark.parametrize("policy", [None, Window(7), Window(20, sinks=3), Window((5, 30))])
+def test_several_queries_see_what_they_may(isa: str, n_new: int, policy: Window | None) -> None:
+    view = make_view(2, 2, 150, n_new, k_dim=16, v_dim=16, block_tokens=8, policy=policy)
+    for options in (AttentionOptions(0.3), AttentionOptions(0.3, causal=False)):
+        assert_right(isa, view, queries(2, 4, n_new, 16), options)
+
+
+@every_isa
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_a_head_that_threads_share_is_merged(isa: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for n_sequences, n_kv_heads in ((1, 1), (1, 3), (3, 2)):
+            view = make_view(n_sequences, n_kv_heads, 2000, 1, k_dim=64, v_dim=64, block_tokens=64, format="fp16")
+            assert_right(isa, view, queries(n_sequences, 3 * n_kv_heads, 1, 64), AttentionOptions(0.125))
+    finally:
+        torch.set_num_threads(before)
+
+
+@every_isa
+def test_large_and_small_scores_do_not_overflow(isa: str) -> None:
+    view = make_view(1, 2, 100, 1, k_dim=16, v_dim=16, block_tokens=16)
+    for scale in (1e-6, 1.0, 300.0):
+        assert_right(isa, view, queries(1, 4, 1, 16), AttentionOptions(scale), tolerance=1e-4)
+
+
+@every_isa
+def test_a_number_that_is_none_comes_out(isa: str) -> None:
+    view = make_view(1, 2, 40, 1, k_dim=16, v_dim=16, block_tokens=16)
+    query = queries(1, 4, 1, 16)
+    query[0, 1] = torch.nan
+    query[0, 2, 0, 3] = torch.inf
+    out, lse = CpuBackend(isa).run(query, view, AttentionOptions(0.3))
+    for head in (1, 2):
+        assert out[0, head].isnan().all()
+        assert lse[0, head].isnan().all()
+    assert torch.isfinite(out[0, [0, 3]]).all()
+
+
+def test_a_view_of_before_is_refused() -> None:
+    view = make_view(1, 2, 40, 1, k_dim=16, v_dim=16, block_tokens=16)
+    view.parts[0].arena.version += 1
+    with pytest.raises(StateError, match="moved"):
+        CpuBackend().run(queries(1, 4, 1, 16), view, AttentionOptions(0.3))
+
+
+def test_the_best_backend_that_serves_a_call_is_chosen() -> None:
+    view = make_view(1, 2, 40, 1, k_dim=16, v_dim=16, block_tokens=16)
+    assert backend_for(view, AttentionOptions(0.3), torch.float32).name == "cpu"
+    assert backend_for(view, AttentionOptions(0.3), torch.float64).name == "reference"
+
+
+def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match="sse9"):
+        CpuBackend("sse9")
+    monkeypatch.setenv("STRATAKV_ISA", "generic")
+    assert CpuBackend().isa == "generic"
+
+
+def test_without_the_extension_there_is_one_warning_and_the_reference() -> None:
+    code = (
+        "import sys, warnings; sys.modules['stratakv._kernels'] = None\n"
+        "import stratakv.attention as a\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    names = [b.name for b in a.backends()] + [b.name for b in a.backends()]\n"
+        "assert names == ['reference', 'reference'], names\n"
+        "assert [str(w.message)[:8] for w in seen] == ['stratakv'], seen\n"
+    )
+    done: Any = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
