@@ -15,6 +15,9 @@
 
 namespace stratakv::STRATAKV_ISA {
 
+// Small loops over registers: left rolled, the registers would become an array in memory.
+#define STRATAKV_UNROLL _Pragma("GCC unroll 16")
+
 constexpr float kMinusInfinity = -__builtin_inff();
 
 constexpr float kHidden = -8.5e37f;
@@ -38,24 +41,32 @@ struct State {
 template <typename K, int kQueries, int kRows>
 inline void score_tile(const K* keys, int dim, const float* queries, std::ptrdiff_t query_stride, float* scores) {
   Vec sums[kQueries][kRows];
-  for (auto& row : sums) {
-    for (auto& sum : row) sum = Vec::zero();
+  STRATAKV_UNROLL
+  for (int m = 0; m < kQueries; ++m) {
+    STRATAKV_UNROLL
+    for (int r = 0; r < kRows; ++r) sums[m][r] = Vec::zero();
   }
   int d = 0;
   for (; d + Vec::kWidth <= dim; d += Vec::kWidth) {
     Vec q[kQueries];
+    STRATAKV_UNROLL
     for (int m = 0; m < kQueries; ++m) q[m] = Vec::load(queries + m * query_stride + d);
+    STRATAKV_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const Vec k = Vec::load(keys + std::ptrdiff_t{r} * dim + d);
+      STRATAKV_UNROLL
       for (int m = 0; m < kQueries; ++m) sums[m][r] = Vec::fma(q[m], k, sums[m][r]);
     }
   }
   if (d < dim) {
+    STRATAKV_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const Vec k = Vec::load_some(keys + std::ptrdiff_t{r} * dim + d, dim - d);
+      STRATAKV_UNROLL
       for (int m = 0; m < kQueries; ++m) sums[m][r] = Vec::fma(Vec::load(queries + m * query_stride + d), k, sums[m][r]);
     }
   }
+  STRATAKV_UNROLL
   for (int m = 0; m < kQueries; ++m) {
     float* row = scores + m * kTileRows;
     int r = 0;
@@ -64,11 +75,24 @@ inline void score_tile(const K* keys, int dim, const float* queries, std::ptrdif
   }
 }
 
+// What is wanted soon: the processor's own prefetching ends with each 4 KiB, and pages lie anywhere.
+struct Ahead {
+  const char* bytes;         // null: nothing
+  std::ptrdiff_t row_bytes;  // fetched for each row that is worked on meanwhile
+
+  void fetch(int row, int n_rows) const {
+    if (bytes == nullptr) return;
+    const char* end = bytes + (row + n_rows) * row_bytes;
+    for (const char* line = bytes + row * row_bytes; line < end; line += 64) __builtin_prefetch(line);
+  }
+};
+
 template <typename K, int kQueries>
-inline void score_rows(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores) {
+inline void score_rows(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, Ahead ahead) {
   constexpr int kRows = Vec::kRegisters >= 32 ? (kQueries <= 2 ? 8 : 4) : (kQueries == 1 ? 8 : 4);
   int r = 0;
   for (; r + kRows <= n_rows; r += kRows) {
+    ahead.fetch(r, kRows);
     score_tile<K, kQueries, kRows>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r);
   }
   for (; r < n_rows; ++r) score_tile<K, kQueries, 1>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r);
@@ -77,37 +101,48 @@ inline void score_rows(const K* keys, int n_rows, int dim, const float* queries,
 // values[m][d] = values[m][d] * decay[m] + sum over r of weights[m][r] * V[r][d].
 template <typename V, int kQueries>
 inline void add_values(const V* rows, int n_rows, int dim, const float* weights, const float* decay, float* values,
-                       std::ptrdiff_t value_stride) {
+                       std::ptrdiff_t value_stride, Ahead ahead) {
   constexpr int kVectors = Vec::kRegisters >= 32 ? 4 : (kQueries == 1 ? 8 : kQueries == 2 ? 4 : kQueries == 3 ? 4 : 2);
   int d = 0;
   for (; d + kVectors * Vec::kWidth <= dim; d += kVectors * Vec::kWidth) {
     Vec sums[kQueries][kVectors];
+    STRATAKV_UNROLL
     for (int m = 0; m < kQueries; ++m) {
+      STRATAKV_UNROLL
       for (int i = 0; i < kVectors; ++i) {
         sums[m][i] = Vec::load(values + m * value_stride + d + i * Vec::kWidth) * Vec::all(decay[m]);
       }
     }
     for (int r = 0; r < n_rows; ++r) {
+      if (d == 0) ahead.fetch(r, 1);
       Vec w[kQueries];
+      STRATAKV_UNROLL
       for (int m = 0; m < kQueries; ++m) w[m] = Vec::all(weights[m * kTileRows + r]);
+      STRATAKV_UNROLL
       for (int i = 0; i < kVectors; ++i) {
         const Vec v = Vec::load(rows + std::ptrdiff_t{r} * dim + d + i * Vec::kWidth);
+        STRATAKV_UNROLL
         for (int m = 0; m < kQueries; ++m) sums[m][i] = Vec::fma(w[m], v, sums[m][i]);
       }
     }
+    STRATAKV_UNROLL
     for (int m = 0; m < kQueries; ++m) {
+      STRATAKV_UNROLL
       for (int i = 0; i < kVectors; ++i) sums[m][i].store(values + m * value_stride + d + i * Vec::kWidth);
     }
   }
   for (; d < dim; d += Vec::kWidth) {
     const int n = smaller(Vec::kWidth, dim - d);
     Vec sums[kQueries];
+    STRATAKV_UNROLL
     for (int m = 0; m < kQueries; ++m) sums[m] = Vec::load(values + m * value_stride + d) * Vec::all(decay[m]);
     for (int r = 0; r < n_rows; ++r) {
       const V* row = rows + std::ptrdiff_t{r} * dim + d;
       const Vec v = n == Vec::kWidth ? Vec::load(row) : Vec::load_some(row, n);
+      STRATAKV_UNROLL
       for (int m = 0; m < kQueries; ++m) sums[m] = Vec::fma(Vec::all(weights[m * kTileRows + r]), v, sums[m]);
     }
+    STRATAKV_UNROLL
     for (int m = 0; m < kQueries; ++m) sums[m].store(values + m * value_stride + d);
   }
 }
@@ -159,20 +194,27 @@ class Decoding {
     fill(state_.values, m_ * v_stride_, 0.0f);
   }
 
-  // Attend to rows [from, to) of the sequence, which lie in block `block`.
-  void attend(int block, int from, int to) {
-    const std::int32_t* place = a_.pages.table + sequence_ * a_.pages.table_stride + 2 * std::ptrdiff_t{block};
-    const char* bytes = reinterpret_cast<const char*>(a_.pages.slabs[place[0]]) + place[1] * a_.pages.block_bytes;
+  // Attend to rows [from, to) of the sequence, which lie in block `block`. With `more`, the next block comes next.
+  void attend(int block, int from, int to, bool more) {
+    const char* bytes = block_bytes(block);
     const K* keys = reinterpret_cast<const K*>(bytes + head_ * a_.pages.k_page_bytes);
+    const char* next = more ? block_bytes(block + 1) + head_ * a_.pages.k_page_bytes : nullptr;
     const V* values = reinterpret_cast<const V*>(bytes + a_.pages.n_heads * a_.pages.k_page_bytes + head_ * a_.pages.v_page_bytes);
     for (int row = from; row < to; row += kTileRows) {
       const int n = smaller(kTileRows, to - row);
       const std::ptrdiff_t in_page = row - std::ptrdiff_t{block} * a_.pages.block_tokens;
-      attend_tile(keys + in_page * a_.pages.k_dim, values + in_page * a_.pages.v_dim, row, n);
+      const K* tile = keys + in_page * a_.pages.k_dim;
+      const char* following = row + n < to ? reinterpret_cast<const char*>(tile + std::ptrdiff_t{n} * a_.pages.k_dim) : next;
+      attend_tile(tile, values + in_page * a_.pages.v_dim, row, n, following);
     }
   }
 
  private:
+  const char* block_bytes(int block) const {
+    const std::int32_t* place = a_.pages.table + sequence_ * a_.pages.table_stride + 2 * std::ptrdiff_t{block};
+    return reinterpret_cast<const char*>(a_.pages.slabs[place[0]]) + place[1] * a_.pages.block_bytes;
+  }
+
   void load_query(int m) {
     const std::ptrdiff_t head = std::ptrdiff_t{head_} * a_.group + m / a_.n_new;
     const std::ptrdiff_t at = sequence_ * a_.query.sequence_stride + head * a_.query.head_stride + (m % a_.n_new) * a_.query.token_stride;
@@ -198,14 +240,17 @@ class Decoding {
     return a_.rows.first_positions[sequence_] + row;
   }
 
-  void attend_tile(const K* keys, const V* values, int row, int n) {
+  void attend_tile(const K* keys, const V* values, int row, int n, const char* next) {
+    const Ahead to_values{reinterpret_cast<const char*>(values), a_.pages.v_dim * std::ptrdiff_t{sizeof(V)}};
+    const Ahead to_keys{next, a_.pages.k_dim * std::ptrdiff_t{sizeof(K)}};
     in_fours(m_, [&](int m, auto count) {
-      score_rows<K, decltype(count)::value>(keys, n, a_.pages.k_dim, queries_ + m * k_stride_, k_stride_, scores_ + std::ptrdiff_t{m} * kTileRows);
+      score_rows<K, decltype(count)::value>(keys, n, a_.pages.k_dim, queries_ + m * k_stride_, k_stride_,
+                                            scores_ + std::ptrdiff_t{m} * kTileRows, m == 0 ? to_values : Ahead{});
     });
     for (int m = 0; m < m_; ++m) soften(m, row, n);
     in_fours(m_, [&](int m, auto count) {
       add_values<V, decltype(count)::value>(values, n, a_.pages.v_dim, scores_ + std::ptrdiff_t{m} * kTileRows, decay_ + m,
-                             state_.values + m * v_stride_, v_stride_);
+                             state_.values + m * v_stride_, v_stride_, m == 0 ? to_keys : Ahead{});
     });
   }
 
@@ -366,7 +411,7 @@ void decode_typed(const AttentionArguments& a) {
         for (int row = skip + from; row < skip + to;) {
           const int block = row / a.pages.block_tokens;
           const int stop = smaller((block + 1) * a.pages.block_tokens, skip + to);
-          decoding.attend(block, row, stop);
+          decoding.attend(block, row, stop, stop < skip + to);
           row = stop;
         }
         if (from == 0 && to == count) {

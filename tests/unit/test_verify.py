@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stratakv.attention import reference
 from stratakv.blocks.arena import Arena
 from stratakv.blocks.batch import Checkpoint, SequenceBatch
 from stratakv.blocks.sequence import Growth, Sequence
+from stratakv.blocks.view import KVView
 from stratakv.errors import ConfigurationError
 from stratakv.integrations.transformers import KVCache, attach
 from stratakv.policies import Window
@@ -189,11 +189,13 @@ def test_a_fault_put_in_on_purpose_is_caught(
 def test_a_window_that_shows_one_key_too_many_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
     attach(model)
-    right = reference._retained
-    monkeypatch.setattr(
-        reference,
-        "_retained",
-        lambda retention, queries, rows: right(replace(retention, window=(retention.window or 0) + 1), queries, rows),
-    )
+    right = SequenceBatch.view
+
+    def view(self: SequenceBatch, layer: int) -> KVView:
+        found = right(self, layer)
+        parts = [replace(part, retention=replace(part.retention, window=7)) for part in found.parts if part.retention]
+        return replace(found, parts=tuple(parts))
+
+    monkeypatch.setattr(SequenceBatch, "view", view)
     report = verify(model, IDS, policy=Window(6, sinks=1), block_tokens=4)
     assert not report.passed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from array import array
 from typing import Any
 
 import torch
@@ -12,10 +14,10 @@ from stratakv.attention.base import AttentionBackend, AttentionOptions
 from stratakv.blocks.view import KVPart, KVView
 from stratakv.errors import ConfigurationError, UnsupportedError
 
-try:
-    from stratakv import _kernels
+try:  # by its name, so that the package's root, which knows all parts, is not imported here
+    _kernels: Any = importlib.import_module("stratakv._kernels")
 except ImportError:  # installed without the extension
-    _kernels = None  # type: ignore[assignment]
+    _kernels = None
 
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2}
@@ -143,9 +145,8 @@ class CpuBackend(AttentionBackend):
             n = chosen.shape[2]
             position = view.seen_tokens + start
             n_rows = plan.skip + _rows_seen(part, position + n, view, options)
-            numbers = torch.tensor([n_rows, plan.skip, first, position], dtype=torch.int32)
-            numbers = numbers.unsqueeze(1).expand(4, plan.n_sequences).contiguous()
-            counts, skips, firsts, queries = (row.data_ptr() for row in numbers)
+            each = [array("i", [x]) * plan.n_sequences for x in (n_rows, plan.skip, first, position)]
+            counts, skips, firsts, queries = (numbers.buffer_info()[0] for numbers in each)
             step.set_rows(counts, skips, firsts, 0 if positions is None else positions.data_ptr(), 0, queries)
             step.set_queries(group, n, NUMBER_TYPES[query.dtype], torch.get_num_threads())
             _set_mask(step, table, options.mask_offset, start, n)

@@ -39,6 +39,7 @@ class Arena:
         self.device = device
         self.slabs: list[Slab] = []
         self.bytes_copied = 0  # by growth; copies on write and compactions are not growth
+        self._addresses: dict[int, Tensor] = {}
         self.version = 0
         """Rises when blocks move or change in size."""
 
@@ -54,17 +55,20 @@ class Arena:
 
     def grow(self, n_blocks: int) -> None:
         """Add a slab of `n_blocks` blocks."""
+        self._addresses.clear()
         members = [self._zeros(n_blocks, member) for member in self.spec.members]
         self.slabs.append(Slab(self.n_blocks, n_blocks, members))
 
     def shrink(self, n_blocks: int) -> int:
         """Give back the last slabs that lie wholly behind block `n_blocks`; returns the number of blocks left."""
+        self._addresses.clear()
         while self.slabs and self.slabs[-1].first >= n_blocks:
             self.slabs.pop()
         return self.n_blocks
 
     def respec(self, spec: GroupSpec) -> None:
         """Take on `spec`, which differs in what a member's pages look like; those members' bytes start anew."""
+        self._addresses.clear()
         for slab in self.slabs:
             slab.members = [
                 tensor if old == new else self._zeros(slab.n_blocks, new)
@@ -92,6 +96,7 @@ class Arena:
                 self.bytes_copied += source.numel()
                 old_slab.members[m] = torch.empty(0, dtype=torch.uint8)
         self.slabs, self.spec = slabs, spec
+        self._addresses.clear()
         self.version += 1
 
     def locate(self, block: int) -> tuple[int, int]:
@@ -171,7 +176,10 @@ class Arena:
 
     def addresses(self, member: int) -> Tensor:
         """int64 `[n_slabs]`: where the bytes of one member lie, slab by slab. For kernels that read pages in place."""
-        return torch.tensor([slab.members[member].data_ptr() for slab in self.slabs], dtype=torch.int64)
+        if member not in self._addresses:
+            found = [slab.members[member].data_ptr() for slab in self.slabs]
+            self._addresses[member] = torch.tensor(found, dtype=torch.int64)
+        return self._addresses[member]
 
     def relocate(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy whole blocks whose ids change: (old id, new id)."""

@@ -290,7 +290,7 @@ class Memory:
                     grown.append(arena)
         except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as RuntimeError
             for arena in grown:
-                arena.slabs.pop()
+                arena.shrink(arena.slabs[-1].first)
             raise CapacityError(
                 f"the system has no {needed:,} bytes more for the cache; nothing was changed"
             ) from error

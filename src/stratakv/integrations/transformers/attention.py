@@ -77,7 +77,8 @@ def attention_forward(
         _check_sinks(ticket.view, at_view)
         with torch.autocast(query.device.type, enabled=False):  # sums stay in fp32
             out, _ = backend_for(ticket.view, at_view, query.dtype).run(query, ticket.view, at_view)
-        out = without_gradients(out, "attention over stored keys and values") if query.requires_grad else out
+        if query.requires_grad:
+            out = without_gradients(out.detach(), "attention over stored keys and values", query)
     elif dropout == 0 and (options.softcap is not None or options.sinks is not None):
         # sdpa has neither; without a mask, and with several queries, it takes causal from the layer as we do.
         out = attend_tensors(query, key, value, options)

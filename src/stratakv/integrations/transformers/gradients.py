@@ -24,13 +24,13 @@ class _NoBackward(torch.autograd.Function):
         )
 
 
-def without_gradients(tensor: Tensor, what: str, likes: Tensor | None = None) -> Tensor:
+def without_gradients(tensor: Tensor, what: str, likes: Tensor) -> Tensor:
     """`tensor`, whose backward raises UnsupportedError.
 
     Args:
         tensor: any shape.
         what: for the message.
-        likes: the tensor whose gradient is lost, where `tensor` itself is not part of any graph.
+        likes: a tensor of the graph, whose gradient would be wrong.
     """
-    guarded: Tensor = _NoBackward.apply(tensor, tensor if likes is None else likes, what)
+    guarded: Tensor = _NoBackward.apply(tensor, likes, what)
     return guarded
