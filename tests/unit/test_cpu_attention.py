@@ -83,6 +83,21 @@ def test_a_head_that_threads_share_is_merged(isa: str, threads: int) -> None:
 
 
 @every_isa
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 4), (2, 4)])
+def test_masks_hide_what_they_say(isa: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    see = torch.rand(*shape, 3, 90, generator=torch.Generator().manual_seed(6)) < 0.5
+    see[:, :, 1] = False  # a query that sees nothing
+    mask = see if dtype == torch.bool else torch.zeros(see.shape, dtype=dtype).masked_fill(~see, torch.finfo(dtype).min)
+    view = make_view(2, 2, 90, 3, k_dim=16, v_dim=16, block_tokens=16)
+    for options in (
+        AttentionOptions(0.3, mask=mask),
+        AttentionOptions(0.3, mask=mask, softcap=2.0, sinks=torch.randn(4)),
+    ):
+        assert_right(isa, view, queries(2, 4, 3, 16), options)
+
+
+@every_isa
 def test_large_and_small_scores_do_not_overflow(isa: str) -> None:
     view = make_view(1, 2, 100, 1, k_dim=16, v_dim=16, block_tokens=16)
     for scale in (1e-6, 1.0, 300.0):

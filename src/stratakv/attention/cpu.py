@@ -176,12 +176,13 @@ def _strides(tensor: Tensor) -> tuple[int, int, int]:
 
 def _added(options: AttentionOptions) -> Tensor | None:
     """The mask as the kernel takes it: bool, or fp32 to add; 4 dims."""
-    if options.bias is not None:
-        total = options.bias if options.mask is None else options.bias + options.mask
-        return total.float().contiguous()
-    if options.mask is None or options.mask.dtype == torch.bool:
-        return options.mask
-    return options.mask.float()
+    mask = options.mask
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32):
+        # Models mark what is hidden with the smallest number of the mask's own dtype, which in fp16 is not very small.
+        mask = mask.float().masked_fill(mask < torch.finfo(mask.dtype).min / 4, -torch.inf)
+    if options.bias is None:
+        return mask
+    return (options.bias if mask is None else options.bias + mask).float().contiguous()
 
 
 def _set_mask(step: Any, table: Tensor | None, offset: int, start: int, n: int) -> None:
