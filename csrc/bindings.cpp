@@ -9,6 +9,7 @@
 
 #include "attention/arguments.h"
 #include "kernels.h"
+#include "reading.h"
 
 namespace nb = nanobind;
 using stratakv::AttentionArguments;
@@ -111,6 +112,13 @@ class Step {
 
 NB_MODULE(_kernels, m) {
   m.def("supported_isas", &supported_isas, "Instruction sets that are compiled in and that this processor has, best first.");
+  m.def(
+      "read_all",
+      [](std::intptr_t words, std::int64_t n, int n_threads) {
+        nb::gil_scoped_release release;
+        return stratakv::read_all(at<const std::uint64_t>(words), n, n_threads);
+      },
+      "The sum of n 64-bit words, to measure how fast memory can be read.");
   nb::class_<Step>(m, "Step")
       .def(nb::init<const std::string&>())
       .def("set_pages", &Step::set_pages)

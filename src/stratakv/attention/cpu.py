@@ -35,6 +35,11 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(_kernels.supported_isas()) if _kernels is not None else ()
 
 
+def read_all(words: Tensor) -> int:
+    """The sum of all of `words`, int64 `[n]` in RAM, by as many threads as attention takes: a measure of bandwidth."""
+    return int(_kernels.read_all(words.data_ptr(), words.numel(), torch.get_num_threads()))
+
+
 class CpuBackend(AttentionBackend):
     """Decode attention over float pages in RAM.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
+from stratakv.bench.attention import AttentionReport
 from stratakv.bench.fit import PowerFit
 from stratakv.bench.samples import Timing
 from stratakv.bench.scaling import ScalingReport
@@ -21,6 +22,25 @@ def scaling_tables(report: ScalingReport) -> list[Table | Text]:
     )
     verdicts = [f"{verdict}: {name.replace('_', ' ')}" for name, verdict in report.targets.items()]
     return [Text(head), _costs(report), _copies(report), Text("\n".join(verdicts))]
+
+
+def attention_table(report: AttentionReport) -> Table:
+    """What `bench attention` prints."""
+    machine = report.machine
+    table = Table(
+        title=f"Decode attention, {report.isa}; {machine.cpu}, {machine.threads} threads, load {machine.load}"
+    )
+    for heading in ("shape", "format", "tokens", "paged, ms", "torch, ms", "speedup", "GB/s", "read, GB/s", "share"):
+        table.add_column(heading, justify="left" if heading in ("shape", "format") else "right")
+    for p in report.points:
+        paged, sdpa = (
+            f"{c.median * 1e3:.3f} ({c.smallest * 1e3:.3f} to {c.largest * 1e3:.3f})" for c in (p.paged, p.sdpa)
+        )
+        bandwidth = p.bytes_read / p.paged.median / 1e9
+        read = f"{p.read_bandwidth / 1e9:.1f}"
+        numbers = f"{p.speedup:.1f}", f"{bandwidth:.1f}", read, f"{p.share:.0%}"
+        table.add_row(p.shape.name, p.format, f"{p.n_tokens:,}", paged, sdpa, *numbers)
+    return table
 
 
 def _costs(report: ScalingReport) -> Table:

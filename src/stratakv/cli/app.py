@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stratakv.cli.bench import scaling
+from stratakv.cli.bench import attention, scaling
 from stratakv.cli.chat import chat
 from stratakv.cli.failures import OneLineFailures
 from stratakv.cli.generate import generate
@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, Callable[..., Any]] = {
     "generate": generate,
     "chat": chat,
     "bench scaling": scaling,
+    "bench attention": attention,
     "verify": verify,
 }
 """Every command by its full name. A new one is a file and a line here; "group command" puts it in a group."""

@@ -13,6 +13,7 @@ from stratakv.errors import ConfigurationError
 
 DEFAULT_LENGTHS = "128,256,512,1024,2048,4096"
 MIN_LENGTHS = 4  # the fit has three parameters
+SHAPES = ("smollm2", "llama-8b")  # named here, so that an error does not wait for torch; a test compares them
 
 
 def scaling(
@@ -61,11 +62,53 @@ def scaling(
         raise typer.Exit(FAILED)
 
 
-def parse_lengths(text: str) -> tuple[int, ...]:
+def attention(
+    *,
+    shapes: Annotated[
+        str, typer.Option(help=f"Heads of a layer: {', '.join(SHAPES)}, with commas between.")
+    ] = "smollm2",
+    formats: Annotated[str, typer.Option(help=f"{', '.join(options.FORMATS)}, with commas between.")] = "fp16,bf16",
+    lengths: Annotated[str, typer.Option(help="Tokens in the cache, with commas between.")] = "4096,16384,65536",
+    block_tokens: options.BlockTokens = 64,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds, of which the median counts.")] = 7,
+    as_json: options.Json = False,
+) -> None:
+    """Measure decode attention over pages against the read bandwidth, and against torch over plain tensors."""
+    chosen = parse_lengths(lengths, at_least=1)
+    names = [part.strip() for part in shapes.split(",")]
+    stored = [part.strip() for part in formats.split(",")]
+    for name in names:
+        options.check_choice("--shapes", name, SHAPES)
+    for name in stored:
+        options.check_choice("--formats", name, options.FORMATS)
+    options.check_positive("--block-tokens", block_tokens)
+
+    from stratakv.bench import attention as measured
+    from stratakv.bench.report import attention_table
+    from stratakv.models import terminal_progress
+
+    with terminal_progress() as progress:
+        report = measured.run_attention(
+            [measured.SHAPES[name] for name in names],
+            stored,
+            chosen,
+            rounds=rounds,
+            block_tokens=block_tokens,
+            progress=progress,
+        )
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(attention_table(report))
+
+
+def parse_lengths(text: str, at_least: int = MIN_LENGTHS) -> tuple[int, ...]:
     """The lengths in `text`, sorted, each once.
 
     Raises:
-        ConfigurationError: it holds something else than numbers of tokens, or too few for a fit.
+        ConfigurationError: it holds something else than numbers of tokens, or fewer than `at_least` of them.
     """
     try:
         lengths = tuple(sorted({int(part) for part in text.split(",")}))
@@ -73,6 +116,6 @@ def parse_lengths(text: str) -> tuple[int, ...]:
         raise ConfigurationError(f"--lengths takes numbers with commas between, got {text!r}") from None
     if lengths[0] < 1:
         raise ConfigurationError(f"--lengths must be at least 1, got {lengths[0]}")
-    if len(lengths) < MIN_LENGTHS:
-        raise ConfigurationError(f"--lengths needs at least {MIN_LENGTHS} different lengths for the fit, got {text!r}")
+    if len(lengths) < at_least:
+        raise ConfigurationError(f"--lengths needs at least {at_least} different lengths for the fit, got {text!r}")
     return lengths

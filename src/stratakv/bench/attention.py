@@ -1,0 +1,230 @@
+"""What decode attention costs over pages, against the time that memory needs to deliver them.
+
+One query attends to all rows of one layer. The caches of many layers are visited in turn, so that what is read has left
+the processor's caches since it was read before: together they are several times as large as the last of those. The
+same rows, gathered into plain tensors, are given to torch's `scaled_dot_product_attention`. Both, and plain reading of
+a large tensor, are timed in turn, round by round.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stratakv.attention import AttentionOptions, CpuBackend
+from stratakv.attention.cpu import read_all
+from stratakv.bench.machine import Machine
+from stratakv.bench.samples import seconds_of
+from stratakv.blocks.batch import SequenceBatch
+from stratakv.blocks.geometry import build_spec
+from stratakv.blocks.memory import Memory
+from stratakv.blocks.view import KVView
+from stratakv.models import Progress, SilentProgress
+from stratakv.spec import LayerSpec
+
+SCHEMA = "stratakv.bench.attention/1"
+SHARE_TARGET = 0.8
+SPEEDUP_TARGET = 4.0
+CACHES = 4
+"""The working set, in sizes of the last-level cache."""
+MOST_VIEWS = 400
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads of one layer."""
+
+    name: str
+    n_query_heads: int
+    n_kv_heads: int
+    head_dim: int
+
+
+SHAPES = {
+    "smollm2": Shape("smollm2", 9, 3, 64),
+    "llama-8b": Shape("llama-8b", 32, 8, 128),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one call: over the rounds, and how much they spread."""
+
+    median: float
+    smallest: float
+    largest: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Cost:
+        """Summarise the rounds."""
+        return cls(statistics.median(seconds), min(seconds), max(seconds))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One shape, format and length. The bandwidth is in bytes a second."""
+
+    shape: Shape
+    format: str
+    n_tokens: int
+    n_views: int
+    bytes_read: int  # by one call: every byte of K and V
+    paged: Cost
+    sdpa: Cost
+    read_bandwidth: float
+
+    @property
+    def share(self) -> float:
+        """Of the read bandwidth measured in the same rounds."""
+        return self.bytes_read / self.paged.median / self.read_bandwidth
+
+    @property
+    def speedup(self) -> float:
+        """Over `scaled_dot_product_attention`."""
+        return self.sdpa.median / self.paged.median
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the JSON report."""
+        return {**asdict(self), "share": self.share, "speedup": self.speedup}
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """All of one run. As JSON (`to_dict`), in seconds and bytes:
+
+    schema   "stratakv.bench.attention/1"
+    machine  cpu, cores, threads, load, system, python, torch, transformers, stratakv
+    isa      the instruction set of the kernels
+    points   a list of {shape, format, n_tokens, n_views, bytes_read, paged, sdpa, read_bandwidth, share, speedup};
+             paged and sdpa are {median, smallest, largest}
+    targets  by point: whether the share is at least 0.8, and the speedup at least 4
+    """
+
+    machine: Machine
+    isa: str
+    points: tuple[Point, ...]
+
+    @property
+    def targets(self) -> dict[str, bool]:
+        """What the kernels promise, and whether it held."""
+        found = {}
+        for point in self.points:
+            name = f"{point.shape.name} {point.format} {point.n_tokens}"
+            found[f"{name}: share at least {SHARE_TARGET}"] = point.share >= SHARE_TARGET
+            found[f"{name}: speedup at least {SPEEDUP_TARGET}"] = point.speedup >= SPEEDUP_TARGET
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON that the class describes."""
+        return {
+            "schema": SCHEMA,
+            "machine": self.machine.to_dict(),
+            "isa": self.isa,
+            "points": [point.to_dict() for point in self.points],
+            "targets": self.targets,
+        }
+
+
+def run_attention(
+    shapes: Sequence[Shape],
+    formats: Sequence[str],
+    lengths: Sequence[int],
+    *,
+    rounds: int = 7,
+    block_tokens: int = 64,
+    progress: Progress | None = None,
+) -> AttentionReport:
+    """Measure every combination of `shapes`, `formats` and `lengths` (tokens).
+
+    Raises:
+        UnsupportedError: the kernels are not built.
+    """
+    backend = CpuBackend()
+    machine = Machine.here()
+    reporter = progress or SilentProgress()
+    points = []
+    with torch.inference_mode():
+        for shape in shapes:
+            for name in formats:
+                for n_tokens in lengths:
+                    reporter.stage(f"{shape.name}, {name}, {n_tokens:,} tokens")
+                    points.append(_measure(backend, shape, name, n_tokens, rounds, block_tokens, reporter))
+    return AttentionReport(machine, backend.isa, tuple(points))
+
+
+def _measure(
+    backend: CpuBackend, shape: Shape, name: str, n_tokens: int, rounds: int, block_tokens: int, reporter: Progress
+) -> Point:
+    layer = LayerSpec(0, shape.n_kv_heads, shape.head_dim, shape.head_dim)
+    spec = build_spec([layer], k_format=name, v_format=name, block_tokens=block_tokens)
+    bytes_read = n_tokens * spec.bytes_per_token()
+    working_set = CACHES * last_level_cache()
+    n_views = min(max(-(-working_set // bytes_read), 2), MOST_VIEWS)
+    memory = Memory(spec, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    batches = [_filled(memory, layer, n_tokens, generator) for _ in range(n_views)]
+    views = [batch.view(0) for batch in batches]
+    query = torch.randn(1, shape.n_query_heads, 1, shape.head_dim, generator=generator)
+    options = AttentionOptions(shape.head_dim**-0.5)
+    dtype = torch.float32 if name == "fp32" else torch.bfloat16 if name == "bf16" else torch.float16
+    plain = [(keys.clone(), values.clone()) for keys, values in (view.gather(dtype) for view in views)]
+    plain_query = query.to(dtype)
+    words = torch.ones(max(working_set, bytes_read * n_views) // 8, dtype=torch.int64)
+
+    def paged(view: KVView) -> object:
+        return backend.run(query, view, options)
+
+    def sdpa(rows: tuple[Tensor, Tensor]) -> object:
+        keys, values = rows
+        return torch.nn.functional.scaled_dot_product_attention(plain_query, keys, values, enable_gqa=True)
+
+    ours, theirs, reading = [], [], []
+    for done in range(rounds + 1):  # the first is not counted
+        ours.append(_each(paged, views))
+        theirs.append(_each(sdpa, plain))
+        reading.append(8 * words.numel() / seconds_of(lambda: read_all(words)))
+        reporter.advance(done, rounds)
+    return Point(
+        shape,
+        name,
+        n_tokens,
+        n_views,
+        bytes_read,
+        Cost.of(ours[1:]),
+        Cost.of(theirs[1:]),
+        statistics.median(reading[1:]),
+    )
+
+
+def _each(call: Callable[[Any], object], over: Sequence[Any]) -> float:
+    """Seconds of one call, over all of `over`."""
+
+    def all_of_them() -> None:
+        for each in over:
+            call(each)
+
+    return seconds_of(all_of_them) / len(over)
+
+
+def _filled(memory: Memory, layer: LayerSpec, n_tokens: int, generator: torch.Generator) -> SequenceBatch:
+    batch = SequenceBatch(memory)
+    shape = (1, layer.n_kv_heads, n_tokens, layer.k_dim)
+    batch.begin(1, n_tokens)
+    batch.write(0, torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
+    return batch
+
+
+def last_level_cache() -> int:
+    """Bytes of the processor's largest cache; 32 MiB where the system does not say."""
+    sizes = [32 << 20]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text(encoding="utf-8").strip()
+        if text.endswith("K") and text[:-1].isdigit():
+            sizes.append(int(text[:-1]) << 10)
+    return max(sizes)

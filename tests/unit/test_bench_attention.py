@@ -1,0 +1,47 @@
+"""The attention benchmark: its books, and a whole run on a small working set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rich.console import Console
+
+from stratakv.attention.cpu import is_built, read_all
+from stratakv.bench import attention
+from stratakv.bench.attention import Cost, Point, Shape, run_attention
+from stratakv.bench.report import attention_table
+from stratakv.cli.bench import SHAPES
+
+pytestmark = pytest.mark.skipif(not is_built(), reason="installed without the extension, on purpose or for want of g++")
+
+
+def test_a_run_has_the_documented_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "last_level_cache", lambda: 1 << 16)
+    report = run_attention([Shape("tiny", 4, 2, 8)], ["fp16", "fp32"], [64, 200], rounds=2)
+    found = report.to_dict()
+    assert set(found) == {"schema", "machine", "isa", "points", "targets"}
+    assert [(p["format"], p["n_tokens"]) for p in found["points"]] == [
+        ("fp16", 64), ("fp16", 200), ("fp32", 64), ("fp32", 200),
+    ]  # fmt: skip
+    for point in report.points:
+        assert point.bytes_read == point.n_tokens * 2 * 2 * 8 * (2 if point.format == "fp16" else 4)
+        assert point.n_views * point.bytes_read >= attention.CACHES << 16
+        assert 0 < point.paged.smallest <= point.paged.median <= point.paged.largest
+    with open("/dev/null", "w") as nowhere:  # noqa: PTH123
+        console = Console(width=200, record=True, file=nowhere)
+        console.print(attention_table(report))
+    assert "fp16" in console.export_text()
+
+
+def test_share_and_speedup_are_of_the_medians() -> None:
+    point = Point(Shape("x", 4, 2, 8), "fp16", 10, 3, 1000, Cost(2e-6, 1e-6, 9e-6), Cost(8e-6, 8e-6, 8e-6), 1e9)
+    assert (point.share, point.speedup) == pytest.approx((0.5, 4.0))
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 1001])
+def test_reading_reads_every_word_once(n: int) -> None:
+    assert read_all(torch.arange(n, dtype=torch.int64)) == n * (n - 1) // 2
+
+
+def test_the_command_names_the_shapes_there_are() -> None:
+    assert set(SHAPES) == set(attention.SHAPES)
