@@ -123,11 +123,12 @@ def test_bench_scaling_measures_the_real_model_briefly(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(scaling, "run_scaling", keep)
     result = run("bench", "scaling", "--lengths", "4,5,6,7", "--repeats", "1", "--json")
-    assert (result.exit_code, result.stderr) == (0, "")
     found = json.loads(result.stdout)
+    # Four lengths within three tokens of one another say nothing of growth; what they seem to say is in the exit code.
+    assert (result.exit_code, result.stderr) == (int("missed" in found["targets"].values()), "")
     assert (found["model"]["name"], found["model"]["layers"]) == ("smollm2", 30)
-    assert [point["samples"] for point in found["cached"]["paged"]["points"]] == [6] * 4
+    assert [point["samples"] for point in found["cached"]["paged"]["points"]] == [2 * scaling.STEPS_A_ROUND] * 4
     monkeypatch.setattr(scaling, "run_scaling", lambda *args, **kwargs: reports[0])
     table = run("bench", "scaling", "--lengths", "4,5,6,7")
-    assert (table.exit_code, table.stderr) == (0, "")
+    assert (table.exit_code, table.stderr) == (result.exit_code, "")
     assert "exponent" in table.stdout

@@ -16,7 +16,15 @@ from stratakv.bench.fit import PowerFit, fit_power, fit_timings
 from stratakv.bench.growth import measure_growth
 from stratakv.bench.report import scaling_tables
 from stratakv.bench.samples import Timing
-from stratakv.bench.scaling import SCHEMA, Curve, ScalingOptions, ScalingReport, check_lengths, run_scaling
+from stratakv.bench.scaling import (
+    SCHEMA,
+    STEPS_A_ROUND,
+    Curve,
+    ScalingOptions,
+    ScalingReport,
+    check_lengths,
+    run_scaling,
+)
 from stratakv.errors import ConfigurationError
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -150,7 +158,7 @@ def test_steps_are_timed_at_their_length_and_forwards_without_a_cache(tiny: Any)
     finally:
         handle.remove()
     for length in (4, 8, 16, 32):
-        assert seen.count((1, length)) == 2 * (1 + 2 * 3)  # on each visit one to warm up, three a round
+        assert seen.count((1, length)) == 2 * (1 + 2 * STEPS_A_ROUND)  # on each visit one to warm up
         assert seen.count((length, None)) == 2 * 2 + (length == 4)
     fed = [(n, held) for n, held in seen if held is not None and n > 1]
     assert fed == [(4, 0), (4, 4), (8, 8), (16, 16)]  # nothing is prefilled twice
