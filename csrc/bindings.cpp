@@ -41,7 +41,14 @@ T* at(std::intptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// The calls of one step over one group differ in a few addresses only. The rest is set once, here.
+// Room for the partial results of a call, kept by the thread that calls: two threads may attend at once.
+float* scratch(std::ptrdiff_t n_floats) {
+  thread_local std::vector<float> room;
+  if (room.size() < static_cast<std::size_t>(n_floats)) room.resize(n_floats);
+  return room.data();
+}
+
+// One call, whose arguments are set in groups. Not to be shared by threads.
 class Step {
  public:
   explicit Step(const std::string& isa) : kernels_(&kernels_of(isa)) {}
@@ -87,18 +94,15 @@ class Step {
     a_.n_threads = n_threads;
   }
 
-  std::int64_t scratch_floats() const { return kernels_->decode_floats(a_); }
-
   void run(std::intptr_t slabs, std::intptr_t query, std::int64_t q_sequence, std::int64_t q_head, std::int64_t q_token,
-           std::intptr_t out, std::int64_t o_sequence, std::int64_t o_head, std::int64_t o_token, std::intptr_t lse,
-           std::intptr_t scratch) {
+           std::intptr_t out, std::int64_t o_sequence, std::int64_t o_head, std::int64_t o_token, std::intptr_t lse) {
     AttentionArguments a = a_;
     a.pages.slabs = at<const std::int64_t>(slabs);
     a.query = {at<const void>(query), q_sequence, q_head, q_token};
     a.out = {at<void>(out), o_sequence, o_head, o_token};
     const std::int64_t n_query_heads = std::int64_t{a.pages.n_heads} * a.group;
     a.lse = {at<float>(lse), n_query_heads * a.n_new, a.n_new, 1};
-    a.scratch = at<float>(scratch);
+    a.scratch = scratch(kernels_->decode_floats(a));
     nb::gil_scoped_release release;
     kernels_->decode(a);
   }
@@ -127,6 +131,5 @@ NB_MODULE(_kernels, m) {
       .def("set_rules", &Step::set_rules)
       .def("set_mask", &Step::set_mask)
       .def("set_queries", &Step::set_queries)
-      .def("scratch_floats", &Step::scratch_floats)
       .def("run", &Step::run);
 }

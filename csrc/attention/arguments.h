@@ -73,7 +73,7 @@ struct AttentionArguments {
   std::int32_t group;                   // query heads for each KV head
   std::int32_t n_new;
   std::int32_t n_threads;
-  float* scratch;                       // as many floats as `attention_scratch` says
+  float* scratch;                       // as many floats as the kernel asks for
 };
 
 }  // namespace stratakv

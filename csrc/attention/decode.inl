@@ -9,160 +9,16 @@
 #include <cstddef>
 
 #include "attention/arguments.h"
+#include "attention/state.inl"
+#include "attention/tiles.inl"
 #include "isa/exponential.h"
 #include "isa/small.h"
 #include "threads.h"
 
 namespace stratakv::STRATAKV_ISA {
 
-// Small loops over registers: left rolled, the registers would become an array in memory.
-#define STRATAKV_UNROLL _Pragma("GCC unroll 16")
-
-constexpr float kMinusInfinity = -__builtin_inff();
-
+// A quarter of the smallest float: models mark what is hidden with that number, or half of it.
 constexpr float kHidden = -8.5e37f;
-
-// Rows that one step takes: a page, or a part of a large one, so that scores stay in the first cache.
-constexpr int kTileRows = 64;
-
-inline std::ptrdiff_t padded(std::ptrdiff_t n) { return (n + 15) / 16 * 16; }
-
-// The sum, maximum and values of `m` queries.
-struct State {
-  float* top;      // [m]
-  float* sum;      // [m]
-  float* values;   // [m, padded(v_dim)]
-
-  static std::ptrdiff_t floats(std::ptrdiff_t m, std::ptrdiff_t v_dim) { return 2 * padded(m) + m * padded(v_dim); }
-  static State at(float* memory, std::ptrdiff_t m) { return {memory, memory + padded(m), memory + 2 * padded(m)}; }
-};
-
-// scores[m][r] = query m . key r for kRows keys at a time.
-template <typename K, int kQueries, int kRows>
-inline void score_tile(const K* keys, int dim, const float* queries, std::ptrdiff_t query_stride, float* scores) {
-  Vec sums[kQueries][kRows];
-  STRATAKV_UNROLL
-  for (int m = 0; m < kQueries; ++m) {
-    STRATAKV_UNROLL
-    for (int r = 0; r < kRows; ++r) sums[m][r] = Vec::zero();
-  }
-  int d = 0;
-  for (; d + Vec::kWidth <= dim; d += Vec::kWidth) {
-    Vec q[kQueries];
-    STRATAKV_UNROLL
-    for (int m = 0; m < kQueries; ++m) q[m] = Vec::load(queries + m * query_stride + d);
-    STRATAKV_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const Vec k = Vec::load(keys + std::ptrdiff_t{r} * dim + d);
-      STRATAKV_UNROLL
-      for (int m = 0; m < kQueries; ++m) sums[m][r] = Vec::fma(q[m], k, sums[m][r]);
-    }
-  }
-  if (d < dim) {
-    STRATAKV_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const Vec k = Vec::load_some(keys + std::ptrdiff_t{r} * dim + d, dim - d);
-      STRATAKV_UNROLL
-      for (int m = 0; m < kQueries; ++m) sums[m][r] = Vec::fma(Vec::load(queries + m * query_stride + d), k, sums[m][r]);
-    }
-  }
-  STRATAKV_UNROLL
-  for (int m = 0; m < kQueries; ++m) {
-    float* row = scores + m * kTileRows;
-    int r = 0;
-    for (; r + 4 <= kRows; r += 4) Vec::store_sums(sums[m][r], sums[m][r + 1], sums[m][r + 2], sums[m][r + 3], row + r);
-    for (; r < kRows; ++r) row[r] = sums[m][r].sum();
-  }
-}
-
-// What is wanted soon: the processor's own prefetching ends with each 4 KiB, and pages lie anywhere.
-struct Ahead {
-  const char* bytes;         // null: nothing
-  std::ptrdiff_t row_bytes;  // fetched for each row that is worked on meanwhile
-
-  void fetch(int row, int n_rows) const {
-    if (bytes == nullptr) return;
-    const char* end = bytes + (row + n_rows) * row_bytes;
-    for (const char* line = bytes + row * row_bytes; line < end; line += 64) __builtin_prefetch(line);
-  }
-};
-
-template <typename K, int kQueries>
-inline void score_rows(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, Ahead ahead) {
-  constexpr int kRows = Vec::kRegisters >= 32 ? (kQueries <= 2 ? 8 : 4) : (kQueries == 1 ? 8 : 4);
-  int r = 0;
-  for (; r + kRows <= n_rows; r += kRows) {
-    ahead.fetch(r, kRows);
-    score_tile<K, kQueries, kRows>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r);
-  }
-  for (; r < n_rows; ++r) score_tile<K, kQueries, 1>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r);
-}
-
-// values[m][d] = values[m][d] * decay[m] + sum over r of weights[m][r] * V[r][d].
-template <typename V, int kQueries>
-inline void add_values(const V* rows, int n_rows, int dim, const float* weights, const float* decay, float* values,
-                       std::ptrdiff_t value_stride, Ahead ahead) {
-  constexpr int kVectors = Vec::kRegisters >= 32 ? 4 : (kQueries == 1 ? 8 : kQueries == 2 ? 4 : kQueries == 3 ? 4 : 2);
-  int d = 0;
-  for (; d + kVectors * Vec::kWidth <= dim; d += kVectors * Vec::kWidth) {
-    Vec sums[kQueries][kVectors];
-    STRATAKV_UNROLL
-    for (int m = 0; m < kQueries; ++m) {
-      STRATAKV_UNROLL
-      for (int i = 0; i < kVectors; ++i) {
-        sums[m][i] = Vec::load(values + m * value_stride + d + i * Vec::kWidth) * Vec::all(decay[m]);
-      }
-    }
-    for (int r = 0; r < n_rows; ++r) {
-      if (d == 0) ahead.fetch(r, 1);
-      Vec w[kQueries];
-      STRATAKV_UNROLL
-      for (int m = 0; m < kQueries; ++m) w[m] = Vec::all(weights[m * kTileRows + r]);
-      STRATAKV_UNROLL
-      for (int i = 0; i < kVectors; ++i) {
-        const Vec v = Vec::load(rows + std::ptrdiff_t{r} * dim + d + i * Vec::kWidth);
-        STRATAKV_UNROLL
-        for (int m = 0; m < kQueries; ++m) sums[m][i] = Vec::fma(w[m], v, sums[m][i]);
-      }
-    }
-    STRATAKV_UNROLL
-    for (int m = 0; m < kQueries; ++m) {
-      STRATAKV_UNROLL
-      for (int i = 0; i < kVectors; ++i) sums[m][i].store(values + m * value_stride + d + i * Vec::kWidth);
-    }
-  }
-  for (; d < dim; d += Vec::kWidth) {
-    const int n = smaller(Vec::kWidth, dim - d);
-    Vec sums[kQueries];
-    STRATAKV_UNROLL
-    for (int m = 0; m < kQueries; ++m) sums[m] = Vec::load(values + m * value_stride + d) * Vec::all(decay[m]);
-    for (int r = 0; r < n_rows; ++r) {
-      const V* row = rows + std::ptrdiff_t{r} * dim + d;
-      const Vec v = n == Vec::kWidth ? Vec::load(row) : Vec::load_some(row, n);
-      STRATAKV_UNROLL
-      for (int m = 0; m < kQueries; ++m) sums[m] = Vec::fma(Vec::all(weights[m * kTileRows + r]), v, sums[m]);
-    }
-    STRATAKV_UNROLL
-    for (int m = 0; m < kQueries; ++m) sums[m].store(values + m * value_stride + d);
-  }
-}
-
-template <int kValue>
-struct Count {
-  static constexpr int value = kValue;
-};
-
-template <typename Function>
-inline void in_fours(int n, const Function& function) {
-  int m = 0;
-  for (; m + 4 <= n; m += 4) function(m, Count<4>{});
-  switch (n - m) {
-    case 3: function(m, Count<3>{}); break;
-    case 2: function(m, Count<2>{}); break;
-    case 1: function(m, Count<1>{}); break;
-    default: break;
-  }
-}
 
 // A call, seen from one thread.
 template <typename K, typename V>
@@ -318,7 +174,6 @@ class Decoding {
         if (!static_cast<const unsigned char*>(t.data)[column]) scores[r] = kMinusInfinity;
       } else {
         const float added = static_cast<const float*>(t.data)[column];
-        // Models mark what is hidden with the smallest number there is, or half of it.
         scores[r] = added < kHidden ? kMinusInfinity : scores[r] + added;
       }
     }
@@ -331,48 +186,6 @@ class Decoding {
   State state_;
   int sequence_ = 0, head_ = 0;
 };
-
-// Into `to` goes what `from` has: both saw rows of the same queries.
-inline void merge(const State& to, const State& from, int m, std::ptrdiff_t v_stride) {
-  for (int i = 0; i < m; ++i) {
-    const float top = larger(to.top[i], from.top[i]);
-    if (top == kMinusInfinity) continue;
-    const float mine = std::exp(to.top[i] - top), theirs = std::exp(from.top[i] - top);
-    to.sum[i] = to.sum[i] * mine + from.sum[i] * theirs;
-    to.top[i] = top;
-    float* a = to.values + i * v_stride;
-    const float* b = from.values + i * v_stride;
-    for (std::ptrdiff_t d = 0; d < v_stride; d += Vec::kWidth) {
-      Vec::fma(Vec::load(a + d), Vec::all(mine), Vec::load(b + d) * Vec::all(theirs)).store(a + d);
-    }
-  }
-}
-
-template <typename O>
-inline void finish(const AttentionArguments& a, const State& state, int sequence, int head) {
-  const std::ptrdiff_t v_stride = padded(a.pages.v_dim);
-  for (int m = 0; m < a.group * a.n_new; ++m) {
-    const std::ptrdiff_t q_head = std::ptrdiff_t{head} * a.group + m / a.n_new, token = m % a.n_new;
-    const float lse = state.sum[m] > 0 ? state.top[m] + std::log(state.sum[m]) : state.sum[m] == 0 ? kMinusInfinity : state.sum[m];
-    a.lse.data[sequence * a.lse.sequence_stride + q_head * a.lse.head_stride + token * a.lse.token_stride] = lse;
-    float share = state.sum[m] == 0 ? 0.0f : 1.0f / state.sum[m];
-    if (a.rules.head_sinks != nullptr) share *= 1.0f / (1.0f + std::exp(a.rules.head_sinks[q_head] - lse));
-    O* out = static_cast<O*>(a.out.data) + sequence * a.out.sequence_stride + q_head * a.out.head_stride + token * a.out.token_stride;
-    for (int d = 0; d < a.pages.v_dim; d += Vec::kWidth) {
-      const Vec value = Vec::load(state.values + m * v_stride + d) * Vec::all(share);
-      const int n = smaller(Vec::kWidth, a.pages.v_dim - d);
-      if (n == Vec::kWidth) value.store(out + d); else value.store_some(out + d, n);
-    }
-  }
-}
-
-inline void finish(const AttentionArguments& a, const State& state, int sequence, int head) {
-  switch (a.query_type) {
-    case NumberType::kFloat: finish<float>(a, state, sequence, head); break;
-    case NumberType::kBFloat: finish<BFloat>(a, state, sequence, head); break;
-    case NumberType::kHalf: finish<Half>(a, state, sequence, head); break;
-  }
-}
 
 // A stretch of one head's rows that a thread attended to without having them all.
 struct Slot {

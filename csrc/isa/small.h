@@ -22,6 +22,9 @@ inline T between(T x, T low, T high) {
   return smaller(larger(x, low), high);
 }
 
+// Rounded up to whole registers of every instruction set.
+inline std::ptrdiff_t padded(std::ptrdiff_t n) { return (n + 15) / 16 * 16; }
+
 inline void fill(float* to, std::ptrdiff_t n, float value) {
   for (std::ptrdiff_t i = 0; i < n; ++i) to[i] = value;
 }

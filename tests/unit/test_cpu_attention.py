@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from stratakv.attention import AttentionOptions, CpuBackend, ReferenceBackend, backend_for
+from stratakv.attention import AttentionBackend, AttentionOptions, CpuBackend, ReferenceBackend, backend_for
 from stratakv.attention.cpu import instruction_sets, is_built
 from stratakv.blocks.view import KVView
 from stratakv.errors import ConfigurationError, StateError
@@ -115,6 +116,39 @@ def test_a_number_that_is_none_comes_out(isa: str) -> None:
         assert out[0, head].isnan().all()
         assert lse[0, head].isnan().all()
     assert torch.isfinite(out[0, [0, 3]]).all()
+
+
+@pytest.mark.parametrize("backend", [CpuBackend, ReferenceBackend])
+@pytest.mark.parametrize(
+    ("shape", "offset"), [((1, 1, 1, 39), 0), ((1, 1, 1, 40), 1), ((1, 1, 2, 40), 0), ((3, 1, 1, 40), 0)]
+)
+def test_a_mask_that_does_not_cover_the_rows_is_refused(
+    backend: type[AttentionBackend], shape: tuple[int, ...], offset: int
+) -> None:
+    view = make_view(1, 2, 40, 1, k_dim=16, v_dim=16, block_tokens=16)
+    table = torch.zeros(shape)
+    for options in (
+        AttentionOptions(0.3, mask_offset=offset, mask=table),
+        AttentionOptions(0.3, mask_offset=offset, bias=table),
+    ):
+        with pytest.raises(ConfigurationError, match="mask"):
+            backend().run(queries(1, 4, 1, 16), view, options)
+
+
+def test_python_threads_do_not_disturb_each_other() -> None:
+    backend = CpuBackend()
+    cases = []
+    for seed, dim in enumerate((16, 40, 64, 128)):
+        view = make_view(1, 2, 700, 1, k_dim=dim, v_dim=dim, block_tokens=16, seed=seed)
+        query, options = queries(1, 4 + 2 * seed, 1, dim, seed), AttentionOptions(0.1 + seed)
+        cases.append((query, view, options, backend.run(query, view, options)[0]))
+
+    def repeat(case: tuple[Tensor, KVView, AttentionOptions, Tensor]) -> bool:
+        query, view, options, expected = case
+        return all(torch.allclose(backend.run(query, view, options)[0], expected, atol=1e-5) for _ in range(300))
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        assert all(pool.map(repeat, cases))
 
 
 def test_a_view_of_before_is_refused() -> None:

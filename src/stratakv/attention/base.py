@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stratakv.blocks.view import KVView
+from stratakv.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,35 @@ class AttentionBackend(ABC):
             `[n_sequences, n_query_heads, n_new]`, the logarithm of the sum of exponentiated scores (sinks left out).
             A query that sees no row gets zeros and -inf.
         """
+
+
+def check_queries(query: Tensor, view: KVView) -> None:
+    """Refuse queries whose shape does not fit the view, with ConfigurationError."""
+    n_sequences, n_query_heads, _, k_dim = query.shape
+    if n_query_heads % view.n_kv_heads or k_dim != view.k_dim or n_sequences != view.n_sequences:
+        raise ConfigurationError(
+            f"queries {tuple(query.shape)} do not fit {view.n_sequences} sequences of {view.n_kv_heads} KV heads "
+            f"with keys of {view.k_dim}"
+        )
+
+
+def check_table(table: Tensor, offset: int, query: Tensor, runs: Sequence[tuple[int, int]]) -> None:
+    """Refuse a mask or bias that does not fit the queries or does not cover the rows, with ConfigurationError.
+
+    Args:
+        table: `[n_sequences or 1, n_query_heads or 1, n_new or 1, n_columns]`.
+        offset: the position of the first column.
+        query: `[n_sequences, n_query_heads, n_new, k_dim]`.
+        runs: first position and number of rows of each run of a view's part, rising.
+    """
+    if table.dim() != 4 or any(n not in (1, m) for n, m in zip(table.shape[:3], query.shape[:3], strict=True)):
+        raise ConfigurationError(f"the mask {tuple(table.shape)} does not fit queries {tuple(query.shape)}")
+    first, end = (runs[0][0], sum(runs[-1])) if runs else (offset, offset)
+    if first < offset or end > offset + table.shape[3]:
+        raise ConfigurationError(
+            f"the mask has {table.shape[3]} columns from position {offset} on, the layer's rows reach from position "
+            f"{first} to {end - 1}"
+        )
 
 
 def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stratakv.attention.base import AttentionBackend, AttentionOptions
+from stratakv.attention.base import AttentionBackend, AttentionOptions, check_queries, check_table
 from stratakv.blocks.view import KVPart, KVView
 from stratakv.errors import ConfigurationError, UnsupportedError
 
@@ -61,8 +61,6 @@ class CpuBackend(AttentionBackend):
         self.isa = isa or os.environ.get("STRATAKV_ISA") or available[0]
         if self.isa not in available:
             raise ConfigurationError(f"the instruction set {self.isa!r} is not one of {', '.join(available)}")
-        self._step = _kernels.Step(self.isa)
-        self._scratch = torch.empty(0)
 
     def supports(self, view: KVView, options: AttentionOptions, dtype: torch.dtype) -> str | None:
         """Float pages in RAM; no position bias beside a boolean mask."""
@@ -80,12 +78,8 @@ class CpuBackend(AttentionBackend):
 
     def run(self, query: Tensor, view: KVView, options: AttentionOptions) -> tuple[Tensor, Tensor]:
         """Attend part by part: the heads of a part hold the same rows."""
-        n_sequences, n_query_heads, n_new, k_dim = query.shape
-        if n_query_heads % view.n_kv_heads or k_dim != view.k_dim or n_sequences != view.n_sequences:
-            raise ConfigurationError(
-                f"queries {tuple(query.shape)} do not fit {view.n_sequences} sequences of {view.n_kv_heads} KV heads "
-                f"with keys of {view.k_dim}"
-            )
+        check_queries(query, view)
+        n_sequences, n_query_heads, n_new, _ = query.shape
         query = query if query.stride(3) == 1 else query.contiguous()
         group = n_query_heads // view.n_kv_heads
         out = query.new_empty((n_sequences, n_new, n_query_heads, view.v_dim)).transpose(1, 2)
@@ -115,8 +109,10 @@ class CpuBackend(AttentionBackend):
         lse: Tensor,
         heads: Tensor | None = None,
     ) -> None:
-        step, plan, arena = self._step, part.plan, part.arena
+        step, plan, arena = _kernels.Step(self.isa), part.plan, part.arena
         arena.check_version(plan)
+        if table is not None:
+            check_table(table, options.mask_offset, query, plan.runs)
         member = arena.spec.members[part.member]
         positions = None if plan.is_one_run else _row_positions(part)
         first = (plan.runs[0][0] if plan.runs else 0) - plan.skip
@@ -164,15 +160,9 @@ class CpuBackend(AttentionBackend):
                 piece.data_ptr(),
                 *_strides(piece),
                 own.data_ptr(),
-                self._room(step.scratch_floats()),
             )
             if own is not sums:
                 sums.copy_(own)
-
-    def _room(self, n_floats: int) -> int:
-        if self._scratch.numel() < n_floats:
-            self._scratch = torch.empty(n_floats)
-        return self._scratch.data_ptr()
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int]:

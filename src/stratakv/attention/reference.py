@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stratakv.attention.base import AttentionBackend, AttentionOptions, apply_sinks
+from stratakv.attention.base import AttentionBackend, AttentionOptions, apply_sinks, check_queries, check_table
 from stratakv.blocks.view import KVPart, KVView
-from stratakv.errors import ConfigurationError
 from stratakv.spec import Retention
 
 SCORE_BYTES = 64 << 20
@@ -26,18 +25,17 @@ class ReferenceBackend(AttentionBackend):
 
     def run(self, query: Tensor, view: KVView, options: AttentionOptions) -> tuple[Tensor, Tensor]:
         """Attend part by part: the heads of a part hold the same rows."""
-        n_sequences, n_query_heads, n_new, k_dim = query.shape
-        if n_query_heads % view.n_kv_heads or k_dim != view.k_dim or n_sequences != view.n_sequences:
-            raise ConfigurationError(
-                f"queries {tuple(query.shape)} do not fit {view.n_sequences} sequences of {view.n_kv_heads} KV heads "
-                f"with keys of {view.k_dim}"
-            )
+        check_queries(query, view)
+        n_sequences, n_query_heads, n_new, _ = query.shape
         group = n_query_heads // view.n_kv_heads
         compute = torch.float64 if query.dtype == torch.float64 else torch.float32
         out = query.new_empty((n_sequences, n_query_heads, n_new, view.v_dim))
         lse = torch.empty((n_sequences, n_query_heads, n_new), dtype=compute, device=query.device)
         for part in view.parts:
             heads = torch.tensor([head * group + g for head in part.heads for g in range(group)])
+            for table in (options.mask, options.bias):
+                if table is not None:
+                    check_table(table, options.mask_offset, query, part.plan.runs)
             keys, values = part.read(compute)
             for chosen, seen in _portions(n_new, n_sequences * len(heads) * part.plan.n_rows, view, query.device):
                 scores_mask = _Columns(part, options, heads, chosen, seen)
@@ -109,14 +107,8 @@ def _aligned(
     """The entries of a mask or bias for these rows, query heads and queries."""
     if table is None:
         return None
-    first, last = (int(rows[0]) - offset, int(rows[-1]) - offset) if len(rows) else (0, -1)
-    if first >= 0 and last < table.shape[-1]:
-        columns = table[..., first : last + 1] if part.plan.is_one_run else table[..., rows - offset]
-    else:
-        raise ConfigurationError(
-            f"the mask has {table.shape[-1]} columns from position {offset} on, the layer's rows reach from position "
-            f"{int(rows[0])} to {int(rows[-1])}"
-        )
+    first = int(rows[0]) - offset if len(rows) else 0
+    columns = table[..., first : first + len(rows)] if part.plan.is_one_run else table[..., rows - offset]
     columns = columns[:, heads] if columns.shape[1] > 1 else columns
     return columns[:, :, chosen] if columns.shape[2] > 1 else columns
 

@@ -1,0 +1,143 @@
+// The arithmetic over a few rows: scores of queries against keys, and weighted sums of values.
+#pragma once
+
+#include <cstddef>
+
+#include "isa/small.h"
+
+namespace stratakv::STRATAKV_ISA {
+
+// Small loops over registers: left rolled, the registers would become an array in memory.
+#define STRATAKV_UNROLL _Pragma("GCC unroll 16")
+
+// Rows that one step takes: a page, or a part of a large one, so that scores stay in the first cache.
+constexpr int kTileRows = 64;
+
+// scores[m][r] = query m . key r for kRows keys at a time.
+template <typename K, int kQueries, int kRows>
+inline void score_tile(const K* keys, int dim, const float* queries, std::ptrdiff_t query_stride, float* scores) {
+  Vec sums[kQueries][kRows];
+  STRATAKV_UNROLL
+  for (int m = 0; m < kQueries; ++m) {
+    STRATAKV_UNROLL
+    for (int r = 0; r < kRows; ++r) sums[m][r] = Vec::zero();
+  }
+  int d = 0;
+  for (; d + Vec::kWidth <= dim; d += Vec::kWidth) {
+    Vec q[kQueries];
+    STRATAKV_UNROLL
+    for (int m = 0; m < kQueries; ++m) q[m] = Vec::load(queries + m * query_stride + d);
+    STRATAKV_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Vec k = Vec::load(keys + std::ptrdiff_t{r} * dim + d);
+      STRATAKV_UNROLL
+      for (int m = 0; m < kQueries; ++m) sums[m][r] = Vec::fma(q[m], k, sums[m][r]);
+    }
+  }
+  if (d < dim) {
+    STRATAKV_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Vec k = Vec::load_some(keys + std::ptrdiff_t{r} * dim + d, dim - d);
+      STRATAKV_UNROLL
+      for (int m = 0; m < kQueries; ++m) sums[m][r] = Vec::fma(Vec::load(queries + m * query_stride + d), k, sums[m][r]);
+    }
+  }
+  STRATAKV_UNROLL
+  for (int m = 0; m < kQueries; ++m) {
+    float* row = scores + m * kTileRows;
+    int r = 0;
+    for (; r + 4 <= kRows; r += 4) Vec::store_sums(sums[m][r], sums[m][r + 1], sums[m][r + 2], sums[m][r + 3], row + r);
+    for (; r < kRows; ++r) row[r] = sums[m][r].sum();
+  }
+}
+
+// What is wanted soon: the processor's own prefetching ends with each 4 KiB, and pages lie anywhere.
+struct Ahead {
+  const char* bytes;         // null: nothing
+  std::ptrdiff_t row_bytes;  // fetched for each row that is worked on meanwhile
+
+  void fetch(int row, int n_rows) const {
+    if (bytes == nullptr) return;
+    const char* end = bytes + (row + n_rows) * row_bytes;
+    for (const char* line = bytes + row * row_bytes; line < end; line += 64) __builtin_prefetch(line);
+  }
+};
+
+template <typename K, int kQueries>
+inline void score_rows(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, Ahead ahead) {
+  constexpr int kRows = Vec::kRegisters >= 32 ? (kQueries <= 2 ? 8 : 4) : (kQueries == 1 ? 8 : 4);
+  int r = 0;
+  for (; r + kRows <= n_rows; r += kRows) {
+    ahead.fetch(r, kRows);
+    score_tile<K, kQueries, kRows>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r);
+  }
+  for (; r < n_rows; ++r) score_tile<K, kQueries, 1>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r);
+}
+
+// values[m][d] = values[m][d] * decay[m] + sum over r of weights[m][r] * V[r][d].
+template <typename V, int kQueries>
+inline void add_values(const V* rows, int n_rows, int dim, const float* weights, const float* decay, float* values,
+                       std::ptrdiff_t value_stride, Ahead ahead) {
+  constexpr int kVectors = Vec::kRegisters >= 32 ? 4 : (kQueries == 1 ? 8 : kQueries == 2 ? 4 : kQueries == 3 ? 4 : 2);
+  int d = 0;
+  for (; d + kVectors * Vec::kWidth <= dim; d += kVectors * Vec::kWidth) {
+    Vec sums[kQueries][kVectors];
+    STRATAKV_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      STRATAKV_UNROLL
+      for (int i = 0; i < kVectors; ++i) {
+        sums[m][i] = Vec::load(values + m * value_stride + d + i * Vec::kWidth) * Vec::all(decay[m]);
+      }
+    }
+    for (int r = 0; r < n_rows; ++r) {
+      if (d == 0) ahead.fetch(r, 1);
+      Vec w[kQueries];
+      STRATAKV_UNROLL
+      for (int m = 0; m < kQueries; ++m) w[m] = Vec::all(weights[m * kTileRows + r]);
+      STRATAKV_UNROLL
+      for (int i = 0; i < kVectors; ++i) {
+        const Vec v = Vec::load(rows + std::ptrdiff_t{r} * dim + d + i * Vec::kWidth);
+        STRATAKV_UNROLL
+        for (int m = 0; m < kQueries; ++m) sums[m][i] = Vec::fma(w[m], v, sums[m][i]);
+      }
+    }
+    STRATAKV_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      STRATAKV_UNROLL
+      for (int i = 0; i < kVectors; ++i) sums[m][i].store(values + m * value_stride + d + i * Vec::kWidth);
+    }
+  }
+  for (; d < dim; d += Vec::kWidth) {
+    const int n = smaller(Vec::kWidth, dim - d);
+    Vec sums[kQueries];
+    STRATAKV_UNROLL
+    for (int m = 0; m < kQueries; ++m) sums[m] = Vec::load(values + m * value_stride + d) * Vec::all(decay[m]);
+    for (int r = 0; r < n_rows; ++r) {
+      const V* row = rows + std::ptrdiff_t{r} * dim + d;
+      const Vec v = n == Vec::kWidth ? Vec::load(row) : Vec::load_some(row, n);
+      STRATAKV_UNROLL
+      for (int m = 0; m < kQueries; ++m) sums[m] = Vec::fma(Vec::all(weights[m * kTileRows + r]), v, sums[m]);
+    }
+    STRATAKV_UNROLL
+    for (int m = 0; m < kQueries; ++m) sums[m].store(values + m * value_stride + d);
+  }
+}
+
+template <int kValue>
+struct Count {
+  static constexpr int value = kValue;
+};
+
+template <typename Function>
+inline void in_fours(int n, const Function& function) {
+  int m = 0;
+  for (; m + 4 <= n; m += 4) function(m, Count<4>{});
+  switch (n - m) {
+    case 3: function(m, Count<3>{}); break;
+    case 2: function(m, Count<2>{}); break;
+    case 1: function(m, Count<1>{}); break;
+    default: break;
+  }
+}
+
+}  // namespace stratakv::STRATAKV_ISA
