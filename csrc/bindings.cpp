@@ -3,28 +3,19 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "attention/arguments.h"
 #include "kernels.h"
 #include "reading.h"
+#include "runner/bindings.h"
 
 namespace nb = nanobind;
 using stratakv::AttentionArguments;
 using stratakv::Kernels;
 
 namespace {
-
-const Kernels& kernels_of(const std::string& isa) {
-  std::size_t count = 0;
-  const Kernels* const* all = stratakv::compiled_kernels(count);
-  for (std::size_t i = 0; i < count; ++i) {
-    if (all[i]->isa == isa && all[i]->is_supported()) return *all[i];
-  }
-  throw std::invalid_argument("this processor has no " + isa);
-}
 
 std::vector<std::string> supported_isas() {
   std::size_t count = 0;
@@ -51,7 +42,7 @@ float* scratch(std::ptrdiff_t n_floats) {
 // One call, whose arguments are set in groups. Not to be shared by threads.
 class Step {
  public:
-  explicit Step(const std::string& isa) : kernels_(&kernels_of(isa)) {}
+  explicit Step(const std::string& isa) : kernels_(&stratakv::kernels_of(isa.c_str())) {}
 
   void set_pages(std::intptr_t table, std::int64_t table_stride, int n_sequences, int n_heads, int block_tokens) {
     a_.pages.table = at<const std::int32_t>(table);
@@ -132,4 +123,5 @@ NB_MODULE(_kernels, m) {
       .def("set_mask", &Step::set_mask)
       .def("set_queries", &Step::set_queries)
       .def("run", &Step::run);
+  stratakv::bind_runner(m);
 }

@@ -1,3 +1,7 @@
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
 #include "kernels.h"
 
 namespace stratakv {
@@ -24,6 +28,15 @@ const Kernels* const* compiled_kernels(std::size_t& count) {
   };
   count = sizeof all / sizeof all[0];
   return all;
+}
+
+const Kernels& kernels_of(const char* isa) {
+  std::size_t count = 0;
+  const Kernels* const* all = compiled_kernels(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (std::strcmp(all[i]->isa, isa) == 0 && all[i]->is_supported()) return *all[i];
+  }
+  throw std::invalid_argument(std::string("this processor has no ") + isa);
 }
 
 }  // namespace stratakv

@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "attention/arguments.h"
+#include "runner/arguments.h"
 
 namespace stratakv {
 
@@ -12,9 +13,14 @@ struct Kernels {
   bool (*is_supported)();  // by this processor
   void (*decode)(const AttentionArguments&);
   std::ptrdiff_t (*decode_floats)(const AttentionArguments&);  // of scratch
+  void (*forward)(const Model&, const Forward&);
+  std::ptrdiff_t (*forward_floats)(const Model&, const Forward&);
 };
 
 // All that were compiled in, best first; the last runs everywhere.
 const Kernels* const* compiled_kernels(std::size_t& count);
+
+// Throws std::invalid_argument where this processor cannot run them.
+const Kernels& kernels_of(const char* isa);
 
 }  // namespace stratakv

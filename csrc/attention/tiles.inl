@@ -15,7 +15,8 @@ constexpr int kTileRows = 64;
 
 // scores[m][r] = query m . key r for kRows keys at a time.
 template <typename K, int kQueries, int kRows>
-inline void score_tile(const K* keys, int dim, const float* queries, std::ptrdiff_t query_stride, float* scores) {
+inline void score_tile(const K* keys, int dim, const float* queries, std::ptrdiff_t query_stride, float* scores,
+                       std::ptrdiff_t score_stride) {
   Vec sums[kQueries][kRows];
   STRATAKV_UNROLL
   for (int m = 0; m < kQueries; ++m) {
@@ -44,7 +45,7 @@ inline void score_tile(const K* keys, int dim, const float* queries, std::ptrdif
   }
   STRATAKV_UNROLL
   for (int m = 0; m < kQueries; ++m) {
-    float* row = scores + m * kTileRows;
+    float* row = scores + m * score_stride;
     int r = 0;
     for (; r + 4 <= kRows; r += 4) Vec::store_sums(sums[m][r], sums[m][r + 1], sums[m][r + 2], sums[m][r + 3], row + r);
     for (; r < kRows; ++r) row[r] = sums[m][r].sum();
@@ -69,9 +70,9 @@ inline void score_rows(const K* keys, int n_rows, int dim, const float* queries,
   int r = 0;
   for (; r + kRows <= n_rows; r += kRows) {
     ahead.fetch(r, kRows);
-    score_tile<K, kQueries, kRows>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r);
+    score_tile<K, kQueries, kRows>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r, kTileRows);
   }
-  for (; r < n_rows; ++r) score_tile<K, kQueries, 1>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r);
+  for (; r < n_rows; ++r) score_tile<K, kQueries, 1>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r, kTileRows);
 }
 
 // values[m][d] = values[m][d] * decay[m] + sum over r of weights[m][r] * V[r][d].

@@ -8,17 +8,17 @@
 namespace stratakv::STRATAKV_ISA {
 
 template <typename T>
-inline T smaller(T a, T b) {
+constexpr T smaller(T a, T b) {
   return b < a ? b : a;
 }
 
 template <typename T>
-inline T larger(T a, T b) {
+constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
 
 template <typename T>
-inline T between(T x, T low, T high) {
+constexpr T between(T x, T low, T high) {
   return smaller(larger(x, low), high);
 }
 

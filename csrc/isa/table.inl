@@ -1,6 +1,7 @@
 // The table of one instruction set. Included once a file, with STRATAKV_ISA and Vec defined.
 #include "attention/decode.inl"
 #include "kernels.h"
+#include "runner/forward.inl"
 
 #define STRATAKV_TEXT(name) #name
 #define STRATAKV_TEXT_OF(name) STRATAKV_TEXT(name)
@@ -10,6 +11,6 @@ namespace stratakv::STRATAKV_ISA {
 bool is_supported();
 
 extern const Kernels kernels;
-const Kernels kernels{STRATAKV_TEXT_OF(STRATAKV_ISA), is_supported, decode, decode_floats};
+const Kernels kernels{STRATAKV_TEXT_OF(STRATAKV_ISA), is_supported, decode, decode_floats, forward, forward_floats};
 
 }  // namespace stratakv::STRATAKV_ISA

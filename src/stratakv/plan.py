@@ -89,6 +89,12 @@ class ReadPlan:
         return table
 
     @cached_property
+    def row_positions(self) -> Tensor:
+        """int32 `[skip + n_rows]`: the absolute position of each row; what is skipped has none (0)."""
+        runs = [torch.arange(first, first + count, dtype=torch.int32) for first, count in self.runs]
+        return torch.cat([torch.zeros(self.skip, dtype=torch.int32), *runs])
+
+    @cached_property
     def is_one_run(self) -> bool:
         """Whether the rows' positions are consecutive."""
         return len(self.runs) <= 1

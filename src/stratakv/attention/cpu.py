@@ -35,6 +35,21 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(_kernels.supported_isas()) if _kernels is not None else ()
 
 
+def load_kernels(isa: str | None = None) -> tuple[Any, str]:
+    """The extension, and the instruction set to use: `isa`, or what STRATAKV_ISA names, or the best there is.
+
+    Raises:
+        UnsupportedError: the extension is not there. ConfigurationError: this processor has no such instruction set.
+    """
+    if _kernels is None:
+        raise UnsupportedError("the extension stratakv._kernels was not built; install a C++ compiler and reinstall")
+    available = instruction_sets()
+    chosen = isa or os.environ.get("STRATAKV_ISA") or available[0]
+    if chosen not in available:
+        raise ConfigurationError(f"the instruction set {chosen!r} is not one of {', '.join(available)}")
+    return _kernels, chosen
+
+
 def read_all(words: Tensor) -> int:
     """The sum of all of `words`, int64 `[n]` in RAM, by as many threads as attention takes: a measure of bandwidth."""
     return int(_kernels.read_all(words.data_ptr(), words.numel(), torch.get_num_threads()))
@@ -53,14 +68,7 @@ class CpuBackend(AttentionBackend):
     name = "cpu"
 
     def __init__(self, isa: str | None = None) -> None:
-        if _kernels is None:
-            raise UnsupportedError(
-                "the extension stratakv._kernels was not built; install a C++ compiler and reinstall"
-            )
-        available = instruction_sets()
-        self.isa = isa or os.environ.get("STRATAKV_ISA") or available[0]
-        if self.isa not in available:
-            raise ConfigurationError(f"the instruction set {self.isa!r} is not one of {', '.join(available)}")
+        self._kernels, self.isa = load_kernels(isa)
 
     def supports(self, view: KVView, options: AttentionOptions, dtype: torch.dtype) -> str | None:
         """Float pages in RAM; no position bias beside a boolean mask."""
@@ -109,12 +117,12 @@ class CpuBackend(AttentionBackend):
         lse: Tensor,
         heads: Tensor | None = None,
     ) -> None:
-        step, plan, arena = _kernels.Step(self.isa), part.plan, part.arena
+        step, plan, arena = self._kernels.Step(self.isa), part.plan, part.arena
         arena.check_version(plan)
         if table is not None:
             check_table(table, options.mask_offset, query, plan.runs)
         member = arena.spec.members[part.member]
-        positions = None if plan.is_one_run else _row_positions(part)
+        positions = None if plan.is_one_run else plan.row_positions
         first = (plan.runs[0][0] if plan.runs else 0) - plan.skip
         retention = part.retention
         sinks = options.sinks if options.sinks is None or heads is None else options.sinks[heads]
@@ -195,8 +203,3 @@ def _rows_seen(part: KVPart, end: int, view: KVView, options: AttentionOptions) 
     if not options.causal or options.mask is not None or end >= view.seen_tokens + view.n_new:
         return part.plan.n_rows
     return sum(min(max(end - first, 0), count) for first, count in part.plan.runs)
-
-
-def _row_positions(part: KVPart) -> Tensor:
-    """int32 `[skip + n_rows]`; what is skipped has no position."""
-    return torch.cat([torch.zeros(part.plan.skip, dtype=torch.int32), part.positions().int()])

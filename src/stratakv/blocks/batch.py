@@ -132,6 +132,25 @@ class SequenceBatch:
             self._commit(step)
         return self.view(layer)
 
+    def plans(self) -> list[ReadPlan]:
+        """For a runner that writes by itself: what queries of the open step read in each group, its new rows included.
+
+        The new rows are the last `n_tokens` of each sequence.
+        """
+        step = self._step
+        if step is None:
+            raise StateError("no step is open")
+        seen = self.seen_tokens + step.n_tokens
+        return [self._read_plan(step, g, seen) for g in range(len(self.memory.arenas))]
+
+    def complete(self) -> None:
+        """For a runner that writes by itself: every layer has written its rows of the open step."""
+        step = self._step
+        if step is None or step.written:
+            raise StateError("no step is open, or some of its layers were written one by one")
+        step.written.update(self.memory.spec.layers_by_index)
+        self._commit(step)
+
     def abort(self) -> None:
         """Undo the open step."""
         self._step = None

@@ -46,6 +46,22 @@ def tiny_mistral(*, window: int = 4, seed: int = 0, **config: Any) -> PreTrained
     return _drawn(transformers.MistralForCausalLM, transformers.MistralConfig(**options), seed)
 
 
+def tiny_qwen2(*, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """Full attention, and biases on queries, keys and values."""
+    return _drawn(transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**{**_DECODER, **config}), seed)
+
+
+def tiny_qwen3(*, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """Full attention, and norms of queries and keys."""
+    return _drawn(transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**{**_DECODER, **config}), seed)
+
+
+def tiny_gemma2(*, window: int = 5, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """Windows of `window` tokens in every other layer, and softcaps."""
+    options = {**_DECODER, "sliding_window": window, "query_pre_attn_scalar": 8, **config}
+    return _drawn(transformers.Gemma2ForCausalLM, transformers.Gemma2Config(**options), seed)
+
+
 def tiny_gemma3(*, window: int = 5, seed: int = 0, **config: Any) -> PreTrainedModel:
     """A hybrid: a full layer between two with a sliding window of `window` tokens."""
     options = {

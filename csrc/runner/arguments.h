@@ -1,0 +1,98 @@
+// A decoder model and one forward of it, as plain data: addresses and sizes, checked by the caller.
+#pragma once
+
+#include <cstdint>
+
+#include "numbers.h"
+
+namespace stratakv {
+
+// Row-major [n_rows, n_columns]: y = x W^T + bias.
+struct Matrix {
+  const void* data;
+  const float* bias;  // [n_rows], or null
+  std::int64_t n_rows;
+  std::int64_t n_columns;
+  NumberType type;
+};
+
+// Weights of RMS norms are null where the model has no such norm.
+struct Layer {
+  const float* attention_norm;      // [hidden]
+  const float* query_norm;          // [head_dim]
+  const float* key_norm;            // [head_dim]
+  const float* after_attention_norm;  // [hidden]
+  const float* mlp_norm;            // [hidden]
+  const float* after_mlp_norm;      // [hidden]
+  Matrix qkv;      // [(n_query_heads + 2 n_kv_heads) * head_dim, hidden]
+  Matrix output;   // [hidden, n_query_heads * head_dim]
+  Matrix gate_up;  // [2 * intermediate, hidden]: all gates, then all ups
+  Matrix down;     // [hidden, intermediate]
+  std::int32_t group;     // of the cache
+  std::int32_t rotation;  // which table of angles; -1: none
+  std::int64_t block_bytes, k_page_bytes, v_page_bytes;
+  NumberType k_type, v_type;
+};
+
+enum class Activation : std::int32_t { kSilu = 0, kGeluTanh = 1 };
+
+struct Model {
+  std::int32_t hidden, intermediate, head_dim, n_query_heads, n_kv_heads;
+  float norm_epsilon, embedding_scale, attention_scale;
+  float attention_softcap, logit_softcap;  // 0: none
+  Activation activation;
+  Matrix embedding, head;  // [vocabulary, hidden]
+  const float* norm;       // [hidden]
+  const Layer* layers;
+  std::int32_t n_layers;
+};
+
+// The rows of one group of the cache in this step, the new ones included.
+struct GroupRows {
+  const std::int32_t* table;  // [n_sequences, n_blocks, 2]: slab, block in the slab
+  std::int64_t table_stride;
+  const std::int32_t* counts;           // [n_sequences]
+  const std::int32_t* skips;            // [n_sequences]
+  const std::int32_t* first_positions;  // [n_sequences]: of row 0
+  const std::int32_t* positions;        // as in Rows
+  std::int64_t positions_stride;
+  std::int32_t block_tokens, window, sinks;
+};
+
+// Cosines and sines, [n_positions, pairs] each, of a head's numbers d and d + pairs.
+struct Rotation {
+  const float* cosines;
+  const float* sines;
+  std::int32_t pairs;
+};
+
+// A matrix product done elsewhere, for as many rows as `from_rows` or more: y = x W^T, without the bias.
+enum class Product : std::int32_t { kQkv = 0, kOutput = 1, kGateUp = 2, kDown = 3, kHead = 4 };
+
+struct ProductHook {
+  void (*run)(void* context, Product product, int layer, int n_rows);  // null: none
+  void* context;
+  std::int32_t from_rows;
+};
+
+struct Forward {
+  const std::int32_t* tokens;     // [n_sequences, n_new]
+  const std::int32_t* positions;  // [n_sequences]: of the first new token
+  std::int32_t n_sequences, n_new, n_threads;
+  const GroupRows* groups;
+  const std::int64_t* const* slabs;  // [n_layers]: addresses of the slabs' bytes of the layer
+  const Rotation* rotations;
+  ProductHook hook;
+  // Room, for n_sequences * n_new rows.
+  float* stream;     // [rows, hidden]
+  float* normed;     // [rows, max(hidden, n_query_heads * head_dim, intermediate)]: what goes into a product
+  float* produced;   // [rows, max(qkv rows, 2 * intermediate)]: what comes out
+  float* lse;        // [n_sequences, n_query_heads, n_new]
+  float* scratch;    // as many floats as the kernel asks for
+  // The rows whose logits are wanted.
+  const std::int32_t* wanted;  // [n_wanted], rising
+  std::int32_t n_wanted;
+  float* logits;               // [n_wanted, vocabulary]
+};
+
+}  // namespace stratakv

@@ -1,0 +1,194 @@
+"""What the C++ decoder is told: once of the weights, again where a cache's memory changed, and of each step."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stratakv.attention.cpu import FORMATS, NUMBER_TYPES
+from stratakv.blocks.batch import SequenceBatch
+from stratakv.blocks.memory import Memory
+from stratakv.errors import ConfigurationError
+from stratakv.models.native.architecture import Architecture
+from stratakv.models.native.rotation import Rotations
+from stratakv.models.native.weights import LayerWeights, Linear, Weights
+
+
+class Binding:
+    """A decoder over one memory.
+
+    Args:
+        kernels: the extension.
+        isa: the instruction set.
+        architecture, weights, rotations: of the model.
+        memory: of the caches that it is going to read and write.
+
+    Raises:
+        ConfigurationError: the memory is not one for this model, or not one that the kernels read.
+    """
+
+    def __init__(
+        self, kernels: Any, isa: str, architecture: Architecture, weights: Weights, rotations: Rotations, memory: Memory
+    ) -> None:
+        _check(architecture, memory)
+        self.memory = memory
+        self._kernels = kernels
+        self._architecture = architecture
+        self._weights = weights
+        self._rotations = rotations
+        self._addresses: list[Tensor] = []  # of the layers' slabs; held, since the decoder has where they lie
+        self._tables: list[tuple[Tensor, Tensor]] = []  # likewise
+        self._of_step: list[Any] = []  # likewise
+        self._room: dict[str, Tensor] = {}
+        self._decoder = self._make(isa)
+
+    def run(self, batch: SequenceBatch, tokens: Tensor, start: int, stop: int, wanted: Tensor, logits: Tensor) -> None:
+        """Feed new tokens `[start, stop)` of the batch's open step.
+
+        Args:
+            batch: a batch over `memory`, whose step has begun.
+            tokens: int32 `[n_sequences, n_new]`, all of the step.
+            start, stop: which of them.
+            wanted: int32, rows (sequence, token) of this pass whose logits are written, rising.
+            logits: fp32 `[len(wanted), vocabulary]`.
+        """
+        n_sequences, n_new = tokens.shape
+        seen = batch.seen_tokens
+        self._use_slabs()
+        self._use_rotations(seen + n_new)
+        self._make_room(n_sequences * (stop - start), n_sequences * self._architecture.n_query_heads * (stop - start))
+        positions = array("i", [seen + start]) * n_sequences
+        fed = tokens[:, start:stop].contiguous()
+        self._of_step = [positions, fed]
+        for g, (plan, group) in enumerate(zip(batch.plans(), self.memory.spec.groups, strict=True)):
+            first = plan.runs[0][0] - plan.skip
+            n_rows = plan.skip + plan.n_rows - (n_new - stop)
+            each = [array("i", [x]) * n_sequences for x in (n_rows, plan.skip, first)]
+            row_positions = None if plan.is_one_run else plan.row_positions
+            self._decoder.set_group(
+                g,
+                plan.table.data_ptr(),
+                plan.table.stride(0),
+                *(numbers.buffer_info()[0] for numbers in each),
+                0 if row_positions is None else row_positions.data_ptr(),
+                plan.block_tokens,
+                group.retention.window or 0,
+                group.retention.sinks,
+            )
+            self._of_step += [plan, each, row_positions]
+        self._decoder.forward(
+            fed.data_ptr(),
+            positions.buffer_info()[0],
+            n_sequences,
+            stop - start,
+            wanted.data_ptr(),
+            len(wanted),
+            logits.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def _make(self, isa: str) -> Any:
+        facts, weights = self._architecture, self._weights
+        decoder = self._kernels.Decoder(
+            isa,
+            hidden=facts.hidden,
+            intermediate=facts.intermediate,
+            head_dim=facts.head_dim,
+            n_query_heads=facts.n_query_heads,
+            n_kv_heads=facts.n_kv_heads,
+            norm_epsilon=facts.norm_epsilon,
+            embedding_scale=facts.embedding_scale,
+            attention_scale=facts.attention_scale,
+            attention_softcap=facts.attention_softcap,
+            logit_softcap=facts.logit_softcap,
+            activation=facts.activation,
+            embedding=self._matrix(weights.embedding),
+            head=self._matrix(weights.head),
+            norm=weights.norm.data_ptr(),
+            n_groups=len(self.memory.spec.groups),
+        )
+        for layer, rotation in zip(weights.layers, self._rotations.of_layer, strict=True):
+            self._add(decoder, layer, rotation)
+        return decoder
+
+    def _add(self, decoder: Any, layer: LayerWeights, rotation: int) -> None:
+        matrices = {name: self._matrix(getattr(layer, name)) for name in ("qkv", "output", "gate_up", "down")}
+        norms = {
+            name: 0 if (norm := getattr(layer, name)) is None else norm.data_ptr()
+            for name in (
+                "attention_norm",
+                "query_norm",
+                "key_norm",
+                "after_attention_norm",
+                "mlp_norm",
+                "after_mlp_norm",
+            )
+        }
+        decoder.add_layer(**matrices, **norms, rotation=rotation)
+
+    def _matrix(self, linear: Linear) -> Any:
+        weight, bias = linear.weight, linear.bias
+        return self._kernels.Matrix(
+            weight.data_ptr(), *weight.shape, NUMBER_TYPES[weight.dtype], 0 if bias is None else bias.data_ptr()
+        )
+
+    def _use_slabs(self) -> None:
+        """Tell where the slabs are, if that changed."""
+        memory = self.memory
+        places = [place for (place,) in memory.spec.locations.values()]
+        found = [memory.arenas[g].addresses(m) for g, m in places]
+        if self._addresses and all(old is new for old, new in zip(self._addresses, found, strict=True)):
+            return
+        for index, ((g, m), addresses) in enumerate(zip(places, found, strict=True)):
+            arena, member = memory.arenas[g], memory.spec.groups[g].members[m]
+            self._decoder.set_pages(
+                index,
+                g,
+                addresses.data_ptr(),
+                member.nbytes,
+                member.k_layout.nbytes,
+                member.v_layout.nbytes,
+                FORMATS[arena.k_codec.name],
+                FORMATS[arena.v_codec.name],
+            )
+        self._addresses = found
+
+    def _use_rotations(self, n_positions: int) -> None:
+        """Have the angles of so many positions."""
+        tables = self._rotations.reach(n_positions)
+        if tables is not self._tables:
+            self._tables = tables
+            for index, (cosines, sines) in enumerate(tables):
+                self._decoder.set_rotation(index, cosines.data_ptr(), sines.data_ptr(), cosines.shape[1])
+
+    def _make_room(self, n_rows: int, n_lse: int) -> None:
+        facts = self._architecture
+        heads = facts.n_query_heads * facts.head_dim
+        qkv = heads + 2 * facts.n_kv_heads * facts.head_dim
+        sizes = {
+            "stream": n_rows * facts.hidden,
+            "normed": n_rows * max(facts.hidden, heads, facts.intermediate),
+            "produced": n_rows * max(qkv, 2 * facts.intermediate, facts.hidden),
+            "lse": n_lse,
+        }
+        if all(name in self._room and self._room[name].numel() >= size for name, size in sizes.items()):
+            return
+        self._room = {name: torch.empty(size) for name, size in sizes.items()}
+        self._decoder.set_room(*(self._room[name].data_ptr() for name in ("stream", "normed", "produced", "lse")))
+
+
+def _check(architecture: Architecture, memory: Memory) -> None:
+    spec = memory.spec
+    if list(spec.layers) != architecture.layer_specs():
+        raise ConfigurationError("the cache was made for a model of another shape")
+    if spec.k_format not in FORMATS or spec.v_format not in FORMATS:
+        raise ConfigurationError(
+            f"the native runner reads {', '.join(FORMATS)}, not {spec.k_format} and {spec.v_format}"
+        )
+    if any(len(places) > 1 for places in spec.locations.values()):
+        raise ConfigurationError("the native runner reads caches whose layers keep the same rows for all heads")
+    if memory.device.type != "cpu":
+        raise ConfigurationError(f"the native runner reads pages in RAM, not on {memory.device}")

@@ -1,0 +1,120 @@
+"""Forwards of the Llama family by the C++ kernels: no tensor is made and no mask is built from token to logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stratakv.attention.cpu import NUMBER_TYPES, load_kernels
+from stratakv.blocks.batch import SequenceBatch
+from stratakv.blocks.geometry import build_spec
+from stratakv.blocks.memory import Memory
+from stratakv.errors import ConfigurationError
+from stratakv.models.native.architecture import Architecture, architecture_of
+from stratakv.models.native.binding import Binding
+from stratakv.models.native.rotation import Rotations
+from stratakv.models.native.weights import Weights
+from stratakv.policies import RetentionPolicy
+
+MOST_ROWS = 512
+"""Rows (sequences times new tokens) that one pass through the layers takes."""
+
+
+class NativeRunner:
+    """Runs one model over caches of its own shape.
+
+    Args:
+        model: one of transformers' models, of a class in `architecture.FAMILIES`. Its weights are copied.
+        dtype: of the matrices: torch.bfloat16, torch.float16 or torch.float32. All sums are in fp32.
+        isa: as for `CpuBackend`.
+
+    Raises:
+        UnsupportedError: the model is of another kind, or the extension was not built.
+        ConfigurationError: a dtype that is not one of the three.
+    """
+
+    def __init__(self, model: Any, *, dtype: torch.dtype = torch.bfloat16, isa: str | None = None) -> None:
+        if dtype not in NUMBER_TYPES:
+            raise ConfigurationError(f"dtype {dtype} is not one of {', '.join(map(str, NUMBER_TYPES))}")
+        self.architecture: Architecture = architecture_of(model)
+        self._kernels, self.isa = load_kernels(isa)
+        self.weights = Weights.of(model, self.architecture, dtype)
+        self._rotations = Rotations(model.model.rotary_emb, self.architecture.layer_types)
+        self._binding: Binding | None = None
+
+    def new_batch(
+        self, *, format: str = "fp16", block_tokens: int = 64, policy: RetentionPolicy | None = None
+    ) -> SequenceBatch:
+        """An empty paged cache for this model."""
+        layers = self.architecture.layer_specs()
+        spec = build_spec(layers, k_format=format, v_format=format, block_tokens=block_tokens, policy=policy)
+        return SequenceBatch(Memory(spec, device=torch.device("cpu")), policy)
+
+    @torch.inference_mode()
+    def forward(
+        self, batch: SequenceBatch, tokens: Tensor, *, every: bool = False, out: Tensor | None = None
+    ) -> Tensor:
+        """Feed new tokens, whose keys and values go into the cache.
+
+        Args:
+            batch: the cache. It holds the new tokens afterwards, or is as it was where anything failed.
+            tokens: integers `[n_sequences, n_new]`.
+            every: give logits of all new tokens rather than of the last one of each sequence.
+            out: where the logits go, fp32 `[n_sequences, n_new or 1, vocabulary]`; None: a new tensor.
+
+        Returns:
+            The logits.
+
+        Raises:
+            ConfigurationError: no tokens, token ids beyond the vocabulary, or a cache of another shape.
+        """
+        tokens = self._checked(tokens)
+        n_sequences, n_new = tokens.shape
+        n_wanted = n_new if every else 1
+        if out is None:
+            out = torch.empty((n_sequences, n_wanted, self.architecture.vocabulary))
+        binding = self._bind(batch)
+        batch.begin(n_sequences, n_new)
+        try:
+            span = max(MOST_ROWS // n_sequences, 1)
+            for start in range(0, n_new, span):
+                stop = min(start + span, n_new)
+                self._pass(binding, batch, tokens, start, stop, out, every=every)
+        except BaseException:
+            batch.abort()
+            raise
+        batch.complete()
+        return out
+
+    def _pass(
+        self, binding: Binding, batch: SequenceBatch, tokens: Tensor, start: int, stop: int, out: Tensor, *, every: bool
+    ) -> None:
+        """New tokens `[start, stop)` through all layers, and the logits that are wanted of them."""
+        (n_sequences, n_new), n = tokens.shape, stop - start
+        if every:
+            logits = out if n == n_new else torch.empty((n_sequences, n, out.shape[2]))
+            binding.run(batch, tokens, start, stop, torch.arange(n_sequences * n, dtype=torch.int32), logits)
+            if logits is not out:
+                out[:, start:stop] = logits
+        else:
+            last = [n * (s + 1) - 1 for s in range(n_sequences)] if stop == n_new else []
+            binding.run(batch, tokens, start, stop, torch.tensor(last, dtype=torch.int32), out)
+
+    def _bind(self, batch: SequenceBatch) -> Binding:
+        if self._binding is None or self._binding.memory is not batch.memory:
+            self._binding = Binding(
+                self._kernels, self.isa, self.architecture, self.weights, self._rotations, batch.memory
+            )
+        return self._binding
+
+    def _checked(self, tokens: Tensor) -> Tensor:
+        if tokens.dim() != 2 or not tokens.numel() or tokens.is_floating_point():
+            raise ConfigurationError(
+                f"tokens are integers [n_sequences, n_new], got {tokens.dtype} {tuple(tokens.shape)}"
+            )
+        low, high = (int(x) for x in tokens.aminmax())
+        if low < 0 or high >= self.architecture.vocabulary:
+            raise ConfigurationError(f"token ids go from 0 to {self.architecture.vocabulary - 1}, got {low} to {high}")
+        return tokens.to(torch.int32).contiguous()

@@ -1,0 +1,209 @@
+"""The native runner against transformers: every family that it serves, in any cut, with every instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from stratakv.attention.cpu import instruction_sets, is_built
+from stratakv.blocks.batch import SequenceBatch
+from stratakv.errors import ConfigurationError, UnsupportedError
+from stratakv.integrations.transformers.compat import cache_keyword
+from stratakv.models.native import NativeRunner
+from stratakv.policies import Window
+from stratakv.testing.tiny import (
+    VOCABULARY,
+    tiny_gemma2,
+    tiny_gemma3,
+    tiny_llama,
+    tiny_mistral,
+    tiny_qwen2,
+    tiny_qwen3,
+    tiny_t5,
+)
+
+pytestmark = pytest.mark.skipif(not is_built(), reason="installed without the extension, on purpose or for want of g++")
+
+every_isa = pytest.mark.parametrize("isa", instruction_sets())
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": tiny_llama,
+    "llama with biases": partial(tiny_llama, attention_bias=True, mlp_bias=True),
+    "llama with untied odd sizes": partial(
+        tiny_llama, hidden_size=36, intermediate_size=52, head_dim=10, num_attention_heads=6, tie_word_embeddings=False
+    ),
+    "llama 3 rotation": partial(tiny_llama, rope_parameters=LLAMA3),
+    "llama with tied embeddings": partial(tiny_llama, tie_word_embeddings=True),
+    "mistral": partial(tiny_mistral, window=9),
+    "mistral without a window": partial(tiny_mistral, sliding_window=None),
+    "qwen2": tiny_qwen2,
+    "qwen3": tiny_qwen3,
+    "gemma2": partial(tiny_gemma2, window=9),
+    "gemma3": partial(tiny_gemma3, window=9),
+}
+
+
+def drawn(name: str) -> Any:
+    """One of MODELS whose vectors are random, too: norms and biases that do nothing would hide what is wrong."""
+    model = MODELS[name]()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def some_tokens(n_sequences: int, n: int, seed: int = 1) -> Tensor:
+    return torch.randint(0, VOCABULARY, (n_sequences, n), generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(model: Any, tokens: Tensor) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model(tokens).logits
+    return found
+
+
+def fed(runner: NativeRunner, batch: SequenceBatch, tokens: Tensor, cuts: list[int]) -> Tensor:
+    """Logits of all tokens, fed in pieces of the sizes `cuts`, the last of which repeats."""
+    found: list[Tensor] = []
+    start = 0
+    while start < tokens.shape[1]:
+        n = cuts[min(len(found), len(cuts) - 1)]
+        found.append(runner.forward(batch, tokens[:, start : start + n], every=True))
+        batch.memory.check()
+        start += n
+    return torch.cat(found, dim=1)
+
+
+@every_isa
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_those_of_transformers(isa: str, name: str) -> None:
+    model = drawn(name)
+    runner = NativeRunner(model, dtype=torch.float32, isa=isa)
+    tokens = some_tokens(3, 40)
+    expected = logits_of(model, tokens)
+    for cuts in ([40], [1], [7], [23, 1]):
+        found = fed(runner, runner.new_batch(format="fp32", block_tokens=4), tokens, cuts)
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_rounded_and_nothing_else(isa: str, dtype: torch.dtype) -> None:
+    model = tiny_llama()
+    runner = NativeRunner(model, dtype=dtype, isa=isa)
+    for name, weight in model.named_parameters():
+        if "norm" not in name:
+            weight.data = weight.data.to(dtype).float()
+    tokens = some_tokens(5, 30)
+    found = fed(runner, runner.new_batch(format="fp32"), tokens, [17, 1])
+    torch.testing.assert_close(found, logits_of(model, tokens), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("format_name", ["fp32", "bf16", "fp16"])
+def test_the_cache_holds_what_transformers_holds(format_name: str) -> None:
+    model = tiny_qwen3()
+    runner = NativeRunner(model, dtype=torch.float32)
+    tokens = some_tokens(2, 21)
+    batch = runner.new_batch(format=format_name, block_tokens=8)
+    fed(runner, batch, tokens, [10, 1])
+    cache = DynamicCache()
+    with torch.inference_mode():
+        model(tokens, **{cache_keyword(model): cache})
+    tolerance = {"fp32": 1e-5, "bf16": 2**-8, "fp16": 2**-11}[format_name]
+    for index, layer in enumerate(cache.layers):
+        keys, values = batch.view(index).gather(torch.float32)
+        for found, expected in ((keys, layer.keys), (values, layer.values)):  # later layers see rows that were rounded
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=4 * tolerance)
+
+
+def test_forks_truncations_and_a_second_cache() -> None:
+    model = tiny_gemma3(window=9)
+    runner = NativeRunner(model, dtype=torch.float32)
+    tokens, other = some_tokens(1, 30), some_tokens(1, 30, seed=2)
+    batch, second = (runner.new_batch(format="fp32", block_tokens=4) for _ in range(2))
+    runner.forward(batch, tokens[:, :20])
+    runner.forward(second, other[:, :5])
+    twin = batch.fork()
+    mixed = torch.cat([tokens[:, :20], other[:, 20:]], dim=1)
+    assert_same(runner.forward(twin, mixed[:, 20:])[:, 0], logits_of(model, mixed)[:, -1])
+    assert_same(runner.forward(batch, tokens[:, 20:])[:, 0], logits_of(model, tokens)[:, -1])
+    assert_same(runner.forward(second, other[:, 5:])[:, 0], logits_of(model, other)[:, -1])
+    batch.memory.check()
+
+
+def test_a_window_imposed_on_full_attention_and_its_sinks() -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    runner = NativeRunner(model, dtype=torch.float32)
+    tokens = some_tokens(1, 60)
+    window, sinks = 12, 3
+    batch = runner.new_batch(format="fp32", block_tokens=4, policy=Window(window, sinks=sinks))
+    found = fed(runner, batch, tokens, [25, 1])
+    position = torch.arange(60)
+    near = position[None, :] > position[:, None] - window
+    see = (position[None, :] <= position[:, None]) & (near | (position[None, :] < sinks))
+    with torch.inference_mode():
+        mask = torch.zeros(1, 1, 60, 60).masked_fill(~see, torch.finfo(torch.float32).min)
+        expected = model(tokens, attention_mask=mask).logits
+    assert_same(found, expected)
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_long_prompts_go_in_several_passes() -> None:
+    model = tiny_mistral(window=100)
+    runner = NativeRunner(model, dtype=torch.float32)
+    tokens = some_tokens(2, 700)
+    batch = runner.new_batch(format="fp32")
+    assert_same(runner.forward(batch, tokens, every=True), logits_of(model, tokens))
+    batch = runner.new_batch(format="fp32")
+    assert_same(runner.forward(batch, tokens)[:, 0], logits_of(model, tokens)[:, -1])
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [torch.zeros(1, 0, dtype=torch.int64), torch.zeros(3), torch.tensor([[VOCABULARY]]), torch.tensor([[-1]])],
+)
+def test_tokens_that_are_none_are_refused(tokens: Tensor) -> None:
+    runner = NativeRunner(tiny_llama())
+    batch = runner.new_batch()
+    runner.forward(batch, some_tokens(1, 5))
+    with pytest.raises(ConfigurationError, match="token"):
+        runner.forward(batch, tokens)
+    assert batch.seen_tokens == 5
+    batch.memory.check()
+
+
+def test_a_cache_of_another_model_is_refused() -> None:
+    runner = NativeRunner(tiny_llama())
+    other = NativeRunner(tiny_llama(num_key_value_heads=4)).new_batch()
+    with pytest.raises(ConfigurationError, match="another shape"):
+        runner.forward(other, some_tokens(1, 5))
+    assert other.seen_tokens == 0
+    assert not other.sequences
+
+
+def test_other_families_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="T5"):
+        NativeRunner(tiny_t5())
+    with pytest.raises(UnsupportedError, match="dynamic"):
+        NativeRunner(tiny_llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))
+    with pytest.raises(UnsupportedError, match="relu"):
+        NativeRunner(tiny_llama(hidden_act="relu"))
+    with pytest.raises(ConfigurationError, match="float64"):
+        NativeRunner(tiny_llama(), dtype=torch.float64)
