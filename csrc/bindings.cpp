@@ -64,9 +64,9 @@ class Step {
   }
 
   void set_rows(std::intptr_t counts, std::intptr_t skips, std::intptr_t first_positions, std::intptr_t positions,
-                std::int64_t positions_stride, std::intptr_t query_positions) {
+                std::intptr_t query_positions) {
     a_.rows = {at<const std::int32_t>(counts), at<const std::int32_t>(skips), at<const std::int32_t>(first_positions),
-               at<const std::int32_t>(positions), positions_stride};
+               at<const std::int32_t>(positions)};
     a_.query_positions = at<const std::int32_t>(query_positions);
   }
 

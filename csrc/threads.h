@@ -1,8 +1,6 @@
 // Threads by OpenMP: torch's own pool where torch is loaded, since both use the one libgomp.
 #pragma once
 
-#include <exception>
-
 #ifdef _OPENMP
 #include <omp.h>
 #endif

@@ -23,13 +23,12 @@ struct Pages {
   NumberType v_type;
 };
 
-// The rows of each sequence. Row r stands for position first_positions[s] + r, or positions[s * stride + r].
+// The rows of each sequence. Row r stands for position first_positions[s] + r, or positions[r].
 struct Rows {
   const std::int32_t* counts;           // [n_sequences]: rows, those to skip included
   const std::int32_t* skips;            // [n_sequences]: rows at the start that nobody sees
   const std::int32_t* first_positions;  // [n_sequences]
-  const std::int32_t* positions;        // rising, or null where they are consecutive
-  std::int64_t positions_stride;
+  const std::int32_t* positions;        // rising, the same for all sequences; or null where they are consecutive
 };
 
 // A tensor [n_sequences, n_query_heads, n_new, dim]; dim is dense, the strides count numbers.
@@ -41,7 +40,8 @@ struct HeadTensor {
   std::int64_t token_stride;
 };
 
-enum class MaskKind : std::int32_t { kNone = 0, kBool = 1, kFloat = 2 };
+// kBool: true is seen. kFloat: added, and what is near the smallest float hides. kBias: added, and only that.
+enum class MaskKind : std::int32_t { kNone = 0, kBool = 1, kFloat = 2, kBias = 3 };
 
 struct Mask {
   HeadTensor<const void*> tensor;

@@ -92,7 +92,7 @@ class Decoding {
   }
 
   std::int32_t position_of(int row) const {
-    if (a_.rows.positions != nullptr) return a_.rows.positions[sequence_ * a_.rows.positions_stride + row];
+    if (a_.rows.positions != nullptr) return a_.rows.positions[row];
     return a_.rows.first_positions[sequence_] + row;
   }
 
@@ -174,7 +174,8 @@ class Decoding {
         if (!static_cast<const unsigned char*>(t.data)[column]) scores[r] = kMinusInfinity;
       } else {
         const float added = static_cast<const float*>(t.data)[column];
-        scores[r] = added < kHidden ? kMinusInfinity : scores[r] + added;
+        const bool is_hidden = a_.mask.kind == MaskKind::kFloat && added < kHidden;
+        scores[r] = is_hidden ? kMinusInfinity : scores[r] + added;
       }
     }
   }

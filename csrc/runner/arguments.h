@@ -55,7 +55,6 @@ struct GroupRows {
   const std::int32_t* skips;            // [n_sequences]
   const std::int32_t* first_positions;  // [n_sequences]: of row 0
   const std::int32_t* positions;        // as in Rows
-  std::int64_t positions_stride;
   std::int32_t block_tokens, window, sinks;
 };
 

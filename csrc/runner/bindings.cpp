@@ -67,7 +67,7 @@ class Decoder {
   void set_group(int group, std::intptr_t table, std::int64_t table_stride, std::intptr_t counts, std::intptr_t skips,
                  std::intptr_t first_positions, std::intptr_t positions, int block_tokens, int window, int sinks) {
     groups_[group] = {at<std::int32_t>(table), table_stride, at<std::int32_t>(counts), at<std::int32_t>(skips),
-                      at<std::int32_t>(first_positions), at<std::int32_t>(positions), 0, block_tokens, window, sinks};
+                      at<std::int32_t>(first_positions), at<std::int32_t>(positions), block_tokens, window, sinks};
   }
 
   void set_rotation(int index, std::intptr_t cosines, std::intptr_t sines, int pairs) {

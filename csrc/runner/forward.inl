@@ -46,7 +46,7 @@ class Forwarding {
     AttentionArguments a{};
     a.pages = {step_.slabs[layer_index], rows.table, rows.table_stride, layer.block_bytes, layer.k_page_bytes, layer.v_page_bytes,
                model_.n_kv_heads, rows.block_tokens, model_.head_dim, model_.head_dim, layer.k_type, layer.v_type};
-    a.rows = {rows.counts, rows.skips, rows.first_positions, rows.positions, rows.positions_stride};
+    a.rows = {rows.counts, rows.skips, rows.first_positions, rows.positions};
     a.rules = {model_.attention_scale, model_.attention_softcap, 1, rows.window, rows.sinks, nullptr, nullptr};
     const std::int64_t token = q_numbers_ + 2 * kv_numbers_;
     a.query = {step_.produced, token * step_.n_new, model_.head_dim, token};

@@ -17,7 +17,6 @@ class Step:
         skips: int,
         first_positions: int,
         positions: int,
-        positions_stride: int,
         query_positions: int,
     ) -> None: ...
     def set_rules(

@@ -82,17 +82,19 @@ class ReadPlan:
     @cached_property
     def table(self) -> Tensor:
         """int32 `[n_sequences, n_blocks, 2]`: (slab, block in the slab) of each block, for kernels."""
-        table = torch.empty((self.n_sequences, self.n_blocks, 2), dtype=torch.int32)
+        table = torch.empty((self.n_sequences, self.n_blocks, 2), dtype=torch.int32, device="cpu")
         for s in self.segments:
             table[s.sequence, s.at : s.at + s.count, 0] = s.slab
-            table[s.sequence, s.at : s.at + s.count, 1] = torch.arange(s.first, s.first + s.count, dtype=torch.int32)
+            table[s.sequence, s.at : s.at + s.count, 1] = torch.arange(
+                s.first, s.first + s.count, dtype=torch.int32, device="cpu"
+            )
         return table
 
     @cached_property
     def row_positions(self) -> Tensor:
         """int32 `[skip + n_rows]`: the absolute position of each row; what is skipped has none (0)."""
-        runs = [torch.arange(first, first + count, dtype=torch.int32) for first, count in self.runs]
-        return torch.cat([torch.zeros(self.skip, dtype=torch.int32), *runs])
+        runs = [torch.arange(first, first + count, dtype=torch.int32, device="cpu") for first, count in self.runs]
+        return torch.cat([torch.zeros(self.skip, dtype=torch.int32, device="cpu"), *runs])
 
     @cached_property
     def is_one_run(self) -> bool:

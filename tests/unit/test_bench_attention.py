@@ -11,17 +11,18 @@ from stratakv.bench import attention
 from stratakv.bench.attention import Cost, Point, Shape, run_attention
 from stratakv.bench.report import attention_table
 from stratakv.cli.bench import SHAPES
+from stratakv.errors import ConfigurationError
 
 pytestmark = pytest.mark.skipif(not is_built(), reason="installed without the extension, on purpose or for want of g++")
 
 
 def test_a_run_has_the_documented_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "last_level_cache", lambda: 1 << 16)
-    report = run_attention([Shape("tiny", 4, 2, 8)], ["fp16", "fp32"], [64, 200], rounds=2)
+    report = run_attention([Shape("tiny", 4, 2, 8)], ["fp16", "fp32"], [256, 300], rounds=2)
     found = report.to_dict()
-    assert set(found) == {"schema", "machine", "isa", "points", "targets"}
+    assert set(found) == {"schema", "machine", "isa", "settings", "points", "targets"}
     assert [(p["format"], p["n_tokens"]) for p in found["points"]] == [
-        ("fp16", 64), ("fp16", 200), ("fp32", 64), ("fp32", 200),
+        ("fp16", 256), ("fp16", 300), ("fp32", 256), ("fp32", 300),
     ]  # fmt: skip
     for point in report.points:
         assert point.bytes_read == point.n_tokens * 2 * 2 * 8 * (2 if point.format == "fp16" else 4)
@@ -33,8 +34,14 @@ def test_a_run_has_the_documented_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "fp16" in console.export_text()
 
 
+@pytest.mark.parametrize("n_tokens", [0, 255, 1 << 40])
+def test_lengths_that_cannot_be_measured_are_refused(n_tokens: int) -> None:
+    with pytest.raises(ConfigurationError, match="lengths"):
+        run_attention([Shape("tiny", 4, 2, 8)], ["fp16"], [300, n_tokens])
+
+
 def test_share_and_speedup_are_of_the_medians() -> None:
-    point = Point(Shape("x", 4, 2, 8), "fp16", 10, 3, 1000, Cost(2e-6, 1e-6, 9e-6), Cost(8e-6, 8e-6, 8e-6), 1e9)
+    point = Point(Shape("x", 4, 2, 8), "fp16", 10, 3, 1000, Cost(2e-6, 1e-6, 9e-6), Cost(8e-6, 8e-6, 8e-6), True, 1e9)
     assert (point.share, point.speedup) == pytest.approx((0.5, 4.0))
 
 

@@ -14,9 +14,13 @@ from torch import Tensor
 
 from stratakv.attention import AttentionBackend, AttentionOptions, CpuBackend, ReferenceBackend, backend_for
 from stratakv.attention.cpu import instruction_sets, is_built
+from stratakv.blocks.batch import SequenceBatch
+from stratakv.blocks.geometry import build_spec
+from stratakv.blocks.memory import Memory
 from stratakv.blocks.view import KVView
 from stratakv.errors import ConfigurationError, StateError
 from stratakv.policies import Window
+from stratakv.spec import LayerSpec
 from stratakv.testing.views import make_view
 
 pytestmark = pytest.mark.skipif(not is_built(), reason="installed without the extension, on purpose or for want of g++")
@@ -133,6 +137,87 @@ def test_a_mask_that_does_not_cover_the_rows_is_refused(
     ):
         with pytest.raises(ConfigurationError, match="mask"):
             backend().run(queries(1, 4, 1, 16), view, options)
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16])
+def test_masks_may_lie_in_any_way(isa: str, dtype: torch.dtype) -> None:
+    view = make_view(2, 2, 90, 3, k_dim=16, v_dim=16, block_tokens=16)
+    wide = torch.rand(2, 4, 180, 6, generator=torch.Generator().manual_seed(6))
+    mask = (wide < 0.5 if dtype == torch.bool else wide.to(dtype))[:, :, ::2, ::2].transpose(2, 3)
+    for _ in range(5):  # each time in other memory
+        assert_right(isa, view, queries(2, 4, 3, 16), AttentionOptions(0.3, mask=mask))
+        assert_right(isa, view, queries(2, 4, 3, 16), AttentionOptions(0.3, mask=mask[:1, :1, :1].expand(2, 4, 3, 90)))
+
+
+@every_isa
+def test_a_bias_is_added_and_hides_nothing(isa: str) -> None:
+    view = make_view(2, 2, 90, 3, k_dim=16, v_dim=16, block_tokens=16)
+    bias = torch.randn(2, 4, 3, 100, generator=torch.Generator().manual_seed(7))
+    see = torch.rand(2, 1, 3, 90, generator=torch.Generator().manual_seed(8)) < 0.7
+    floats = torch.zeros(see.shape).masked_fill(~see, torch.finfo(torch.float32).min)
+    lowest = bias.clone()
+    lowest[:, 1] = torch.finfo(torch.float32).min
+    for options in (
+        AttentionOptions(0.3, bias=bias),
+        AttentionOptions(0.3, bias=bias, mask=see),
+        AttentionOptions(0.3, bias=bias, mask=floats),
+        AttentionOptions(0.3, bias=lowest),
+    ):
+        assert_right(isa, view, queries(2, 4, 3, 16), options, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_and_device_of_the_process_are_nothing_to_the_kernels(dtype: torch.dtype) -> None:
+    view = make_view(2, 2, 900, 70, k_dim=16, v_dim=16, block_tokens=16)
+    query, options = queries(2, 4, 70, 16), AttentionOptions(0.3)
+    expected = CpuBackend().run(query, view, options)
+    again = make_view(2, 2, 900, 70, k_dim=16, v_dim=16, block_tokens=16)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = CpuBackend().run(query, again, options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", [CpuBackend, ReferenceBackend])
+def test_what_does_not_fit_the_queries_is_refused(backend: type[AttentionBackend]) -> None:
+    view = make_view(1, 2, 40, 1, k_dim=16, v_dim=16, block_tokens=16)
+    for query, options in (
+        (queries(1, 4, 7, 16), AttentionOptions(0.3)),
+        (queries(2, 4, 1, 16), AttentionOptions(0.3)),
+        (queries(1, 3, 1, 16), AttentionOptions(0.3)),
+        (queries(1, 4, 1, 8), AttentionOptions(0.3)),
+        (queries(1, 4, 1, 16), AttentionOptions(0.3, sinks=torch.ones(1))),
+        (queries(1, 4, 1, 16), AttentionOptions(0.3, mask=torch.zeros(1, 1, 1, 40, device="meta"))),
+    ):
+        with pytest.raises(ConfigurationError):
+            backend().run(query, view, options)
+    with pytest.raises(ConfigurationError, match="softcap"):
+        AttentionOptions(0.3, softcap=-1.0)
+
+
+def test_dtypes_and_devices_that_the_kernels_do_not_take_are_refused() -> None:
+    view = make_view(1, 2, 40, 1, k_dim=16, v_dim=16, block_tokens=16)
+    with pytest.raises(ConfigurationError, match="float64"):
+        CpuBackend().run(queries(1, 4, 1, 16).double(), view, AttentionOptions(0.3))
+    with pytest.raises(ConfigurationError, match="meta"):
+        CpuBackend().run(queries(1, 4, 1, 16).to("meta"), view, AttentionOptions(0.3))
+
+
+@pytest.mark.parametrize("backend", [CpuBackend, ReferenceBackend])
+def test_a_view_whose_memory_was_given_back_is_refused(backend: type[AttentionBackend]) -> None:
+    layer = LayerSpec(0, 2, 16, 16)
+    memory = Memory(build_spec([layer], k_format="fp32", v_format="fp32", block_tokens=16), device=torch.device("cpu"))
+    batch = SequenceBatch(memory)
+    batch.begin(1, 40)
+    view = batch.write(0, torch.zeros(1, 2, 40, 16), torch.zeros(1, 2, 40, 16))
+    batch.reset()
+    with pytest.raises(StateError, match="moved"):
+        backend().run(queries(1, 4, 40, 16), view, AttentionOptions(0.3))
 
 
 def test_python_threads_do_not_disturb_each_other() -> None:

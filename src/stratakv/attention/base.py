@@ -36,6 +36,10 @@ class AttentionOptions:
     softcap: float | None = None
     sinks: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if self.softcap is not None and not self.softcap > 0:
+            raise ConfigurationError(f"a softcap is a number above 0, got {self.softcap}")
+
 
 class AttentionBackend(ABC):
     """Computes attention of new queries over the rows of a view."""
@@ -63,17 +67,37 @@ class AttentionBackend(ABC):
         """
 
 
-def check_queries(query: Tensor, view: KVView) -> None:
-    """Refuse queries whose shape does not fit the view, with ConfigurationError."""
-    n_sequences, n_query_heads, _, k_dim = query.shape
+def check_call(query: Tensor, view: KVView, options: AttentionOptions) -> None:
+    """Refuse what does not fit together, with ConfigurationError.
+
+    Args:
+        query: `[n_sequences, n_query_heads, n_new, k_dim]`, as many new tokens as the view's step has.
+        view: the rows.
+        options: masks and the rest, on the device of the query.
+    """
+    n_sequences, n_query_heads, n_new, k_dim = query.shape
     if n_query_heads % view.n_kv_heads or k_dim != view.k_dim or n_sequences != view.n_sequences:
         raise ConfigurationError(
             f"queries {tuple(query.shape)} do not fit {view.n_sequences} sequences of {view.n_kv_heads} KV heads "
             f"with keys of {view.k_dim}"
         )
+    if n_new != view.n_new:
+        raise ConfigurationError(f"the step has {view.n_new} new tokens, the queries {tuple(query.shape)} are {n_new}")
+    if options.sinks is not None and options.sinks.shape != (n_query_heads,):
+        raise ConfigurationError(f"sinks are [{n_query_heads}], one a query head, got {tuple(options.sinks.shape)}")
+    if elsewhere := {part.arena.device for part in view.parts} - {query.device}:
+        raise ConfigurationError(f"queries are on {query.device}, pages on {', '.join(map(str, elsewhere))}")
+    for name in ("mask", "bias", "sinks"):
+        tensor = getattr(options, name)
+        if tensor is not None and tensor.device != query.device:
+            raise ConfigurationError(f"queries are on {query.device}, the {name} is on {tensor.device}")
+    for table in (options.mask, options.bias):
+        if table is not None:
+            for part in view.parts:
+                _check_table(table, options.mask_offset, query, part.plan.runs)
 
 
-def check_table(table: Tensor, offset: int, query: Tensor, runs: Sequence[tuple[int, int]]) -> None:
+def _check_table(table: Tensor, offset: int, query: Tensor, runs: Sequence[tuple[int, int]]) -> None:
     """Refuse a mask or bias that does not fit the queries or does not cover the rows, with ConfigurationError.
 
     Args:

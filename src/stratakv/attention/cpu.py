@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stratakv.attention.base import AttentionBackend, AttentionOptions, check_queries, check_table
+from stratakv.attention.base import AttentionBackend, AttentionOptions, check_call
 from stratakv.blocks.view import KVPart, KVView
 from stratakv.errors import ConfigurationError, UnsupportedError
 
@@ -21,6 +21,7 @@ except ImportError:  # installed without the extension
 
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2}
+MASK_BOOL, MASK_FLOAT, MASK_BIAS = 1, 2, 3
 QUERIES_A_CALL = 64
 """New tokens that one call takes; rows that none of them sees are not read."""
 
@@ -71,7 +72,8 @@ class CpuBackend(AttentionBackend):
         self._kernels, self.isa = load_kernels(isa)
 
     def supports(self, view: KVView, options: AttentionOptions, dtype: torch.dtype) -> str | None:
-        """Float pages in RAM; no position bias beside a boolean mask."""
+        """Float pages in RAM."""
+        del options
         if dtype not in NUMBER_TYPES:
             return f"queries are {dtype}"
         for part in view.parts:
@@ -80,28 +82,28 @@ class CpuBackend(AttentionBackend):
                 return f"pages are on {arena.device}"
             if arena.k_codec.name not in FORMATS or arena.v_codec.name not in FORMATS:
                 return f"pages are stored as {arena.k_codec.name} and {arena.v_codec.name}"
-        if options.bias is not None and options.mask is not None and options.mask.dtype == torch.bool:
-            return "a bias beside a boolean mask"
         return None
 
     def run(self, query: Tensor, view: KVView, options: AttentionOptions) -> tuple[Tensor, Tensor]:
         """Attend part by part: the heads of a part hold the same rows."""
-        check_queries(query, view)
+        check_call(query, view, options)
+        if reason := self.supports(view, options, query.dtype):
+            raise ConfigurationError(f"the kernels do not serve this call: {reason}")
         n_sequences, n_query_heads, n_new, _ = query.shape
         query = query if query.stride(3) == 1 else query.contiguous()
         group = n_query_heads // view.n_kv_heads
         out = query.new_empty((n_sequences, n_new, n_query_heads, view.v_dim)).transpose(1, 2)
-        lse = torch.empty((n_sequences, n_query_heads, n_new), dtype=torch.float32)
-        table = _added(options)
+        lse = query.new_empty((n_sequences, n_query_heads, n_new), dtype=torch.float32)
+        table, kind = _added(options)
         for part in view.parts:
             if part.heads == tuple(range(view.n_kv_heads)):
-                self._run_part(query, part, view, options, table, group, out, lse)
+                self._run_part(query, part, view, options, table, kind, group, out, lse)
                 continue
-            heads = torch.tensor([head * group + g for head in part.heads for g in range(group)])
+            heads = torch.tensor([head * group + g for head in part.heads for g in range(group)], device="cpu")
             shape = (n_sequences, n_new, len(heads), view.v_dim)
             own = query.new_empty(shape).transpose(1, 2), lse.new_empty(shape[0], shape[2], shape[1])
             chosen = table if table is None or table.shape[1] == 1 else table[:, heads]
-            self._run_part(query[:, heads], part, view, options, chosen, group, *own, heads=heads)
+            self._run_part(query[:, heads], part, view, options, chosen, kind, group, *own, heads=heads)
             out[:, heads], lse[:, heads] = own
         return out, lse
 
@@ -112,6 +114,7 @@ class CpuBackend(AttentionBackend):
         view: KVView,
         options: AttentionOptions,
         table: Tensor | None,
+        kind: int,
         group: int,
         out: Tensor,
         lse: Tensor,
@@ -119,8 +122,6 @@ class CpuBackend(AttentionBackend):
     ) -> None:
         step, plan, arena = self._kernels.Step(self.isa), part.plan, part.arena
         arena.check_version(plan)
-        if table is not None:
-            check_table(table, options.mask_offset, query, plan.runs)
         member = arena.spec.members[part.member]
         positions = None if plan.is_one_run else plan.row_positions
         first = (plan.runs[0][0] if plan.runs else 0) - plan.skip
@@ -156,11 +157,11 @@ class CpuBackend(AttentionBackend):
             n_rows = plan.skip + _rows_seen(part, position + n, view, options)
             each = [array("i", [x]) * plan.n_sequences for x in (n_rows, plan.skip, first, position)]
             counts, skips, firsts, queries = (numbers.buffer_info()[0] for numbers in each)
-            step.set_rows(counts, skips, firsts, 0 if positions is None else positions.data_ptr(), 0, queries)
+            step.set_rows(counts, skips, firsts, 0 if positions is None else positions.data_ptr(), queries)
             step.set_queries(group, n, NUMBER_TYPES[query.dtype], torch.get_num_threads())
-            _set_mask(step, table, options.mask_offset, start, n)
+            _set_mask(step, table, kind, options.mask_offset, start, n)
             piece, sums = out[:, :, start : start + n], lse[:, :, start : start + n]
-            own = sums if sums.is_contiguous() else torch.empty(sums.shape)
+            own = sums if sums.is_contiguous() else torch.empty_like(sums, memory_format=torch.contiguous_format)
             step.run(
                 slabs.data_ptr(),
                 chosen.data_ptr(),
@@ -177,25 +178,40 @@ def _strides(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
-def _added(options: AttentionOptions) -> Tensor | None:
-    """The mask as the kernel takes it: bool, or fp32 to add; 4 dims."""
-    mask = options.mask
-    if mask is not None and mask.dtype not in (torch.bool, torch.float32):
+def _added(options: AttentionOptions) -> tuple[Tensor | None, int]:
+    """What the kernel adds to the scores or hides them by, with dense columns, and its kind (see MaskKind)."""
+    mask, bias = options.mask, options.bias
+    if mask is None and bias is None:
+        return None, 0
+    if bias is None:
+        assert mask is not None
+        if mask.dtype == torch.bool:
+            return _dense(mask), MASK_BOOL
         # Models mark what is hidden with the smallest number of the mask's own dtype, which in fp16 is not very small.
-        mask = mask.float().masked_fill(mask < torch.finfo(mask.dtype).min / 4, -torch.inf)
-    if options.bias is None:
-        return mask
-    return (options.bias if mask is None else options.bias + mask).float().contiguous()
+        return _dense(mask if mask.dtype == torch.float32 else _hiding(mask)), MASK_FLOAT
+    if mask is None:
+        return _dense(bias.float()), MASK_BIAS
+    n = min(mask.shape[3], bias.shape[3])  # both cover the rows
+    hiding = torch.where(mask[..., :n], 0.0, -torch.inf) if mask.dtype == torch.bool else _hiding(mask[..., :n])
+    return _dense(bias[..., :n].float() + hiding), MASK_BIAS
 
 
-def _set_mask(step: Any, table: Tensor | None, offset: int, start: int, n: int) -> None:
+def _hiding(mask: Tensor) -> Tensor:
+    """A float mask in fp32 that has -inf where it hides."""
+    return mask.float().masked_fill(mask < torch.finfo(mask.dtype).min / 4, -torch.inf)
+
+
+def _dense(table: Tensor) -> Tensor:
+    return table if table.stride(3) == 1 or table.shape[3] == 1 else table.contiguous()
+
+
+def _set_mask(step: Any, table: Tensor | None, kind: int, offset: int, start: int, n: int) -> None:
     if table is None:
         step.set_mask(0, 0, 0, 0, 0, 0)
         return
     table = table if table.shape[2] == 1 else table[:, :, start : start + n]
-    table = table if table.stride(3) == 1 else table.contiguous()
     strides = [stride if size > 1 else 0 for stride, size in zip(table.stride()[:3], table.shape[:3], strict=True)]
-    step.set_mask(table.data_ptr(), *strides, 1 if table.dtype == torch.bool else 2, offset)
+    step.set_mask(table.data_ptr(), *strides, kind, offset)
 
 
 def _rows_seen(part: KVPart, end: int, view: KVView, options: AttentionOptions) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stratakv.attention.base import AttentionBackend, AttentionOptions, apply_sinks, check_queries, check_table
+from stratakv.attention.base import AttentionBackend, AttentionOptions, apply_sinks, check_call
 from stratakv.blocks.view import KVPart, KVView
 from stratakv.spec import Retention
 
@@ -25,7 +25,7 @@ class ReferenceBackend(AttentionBackend):
 
     def run(self, query: Tensor, view: KVView, options: AttentionOptions) -> tuple[Tensor, Tensor]:
         """Attend part by part: the heads of a part hold the same rows."""
-        check_queries(query, view)
+        check_call(query, view, options)
         n_sequences, n_query_heads, n_new, _ = query.shape
         group = n_query_heads // view.n_kv_heads
         compute = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -33,9 +33,6 @@ class ReferenceBackend(AttentionBackend):
         lse = torch.empty((n_sequences, n_query_heads, n_new), dtype=compute, device=query.device)
         for part in view.parts:
             heads = torch.tensor([head * group + g for head in part.heads for g in range(group)])
-            for table in (options.mask, options.bias):
-                if table is not None:
-                    check_table(table, options.mask_offset, query, part.plan.runs)
             keys, values = part.read(compute)
             for chosen, seen in _portions(n_new, n_sequences * len(heads) * part.plan.n_rows, view, query.device):
                 scores_mask = _Columns(part, options, heads, chosen, seen)
@@ -145,7 +142,7 @@ def _softmax_values(
     if see is not None:
         scores = scores.masked_fill(~see, -torch.inf)
     lse = scores.logsumexp(dim=-1)
-    weights = torch.where(lse.isneginf().unsqueeze(-1), 0.0, (scores - lse.unsqueeze(-1)).exp())
+    weights = torch.where(lse.isneginf().unsqueeze(-1), 0.0, scores.softmax(dim=-1))
     out = weights.view(n_sequences, n_kv_heads, -1, n_rows) @ values
     return out.view(n_sequences, n_query_heads, n_queries, values.shape[-1]), lse
 

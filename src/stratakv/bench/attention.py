@@ -1,9 +1,11 @@
 """What decode attention costs over pages, against the time that memory needs to deliver them.
 
-One query attends to all rows of one layer. The caches of many layers are visited in turn, so that what is read has left
-the processor's caches since it was read before: together they are several times as large as the last of those. The
-same rows, gathered into plain tensors, are given to torch's `scaled_dot_product_attention`. Both, and plain reading of
-a large tensor, are timed in turn, round by round.
+One query, the newest token's, attends to all rows of one layer. The caches of many layers are visited in turn, so that
+what is read has left the processor's caches since it was read before: together they are several times as large as the
+last of those. The same rows, gathered into plain tensors, are given to torch's `scaled_dot_product_attention`, and the
+query in the same dtype: once as it is, with `enable_gqa`, once with the queries of a KV head as if they were rows of
+one, which spares torch the repeating of keys; the faster of the two counts. That both sides give the same is checked
+before anything is timed. Then they, and plain reading of a large tensor, are timed in turn, round by round.
 """
 
 from __future__ import annotations
@@ -25,15 +27,18 @@ from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
 from stratakv.blocks.view import KVView
+from stratakv.errors import ConfigurationError
 from stratakv.models import Progress, SilentProgress
 from stratakv.spec import LayerSpec
 
 SCHEMA = "stratakv.bench.attention/1"
 SHARE_TARGET = 0.8
 SPEEDUP_TARGET = 4.0
+LONGEST = 1 << 20
 CACHES = 4
 """The working set, in sizes of the last-level cache."""
-MOST_VIEWS = 400
+SHORTEST = 256
+"""Tokens. Thousands of shorter caches would be needed to leave the processor's own."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ class Point:
     n_views: int
     bytes_read: int  # by one call: every byte of K and V
     paged: Cost
-    sdpa: Cost
+    sdpa: Cost  # with enable_gqa, or grouped: what took less
+    sdpa_is_grouped: bool
     read_bandwidth: float
 
     @property
@@ -101,13 +107,16 @@ class AttentionReport:
     schema   "stratakv.bench.attention/1"
     machine  cpu, cores, threads, load, system, python, torch, transformers, stratakv
     isa      the instruction set of the kernels
-    points   a list of {shape, format, n_tokens, n_views, bytes_read, paged, sdpa, read_bandwidth, share, speedup};
-             paged and sdpa are {median, smallest, largest}
+    settings rounds, block_tokens
+    points   a list of {shape, format, n_tokens, n_views, bytes_read, paged, sdpa, sdpa_is_grouped, read_bandwidth,
+             share, speedup}; paged and sdpa are {median, smallest, largest}
     targets  by point: whether the share is at least 0.8, and the speedup at least 4
     """
 
     machine: Machine
     isa: str
+    rounds: int
+    block_tokens: int
     points: tuple[Point, ...]
 
     @property
@@ -126,6 +135,7 @@ class AttentionReport:
             "schema": SCHEMA,
             "machine": self.machine.to_dict(),
             "isa": self.isa,
+            "settings": {"rounds": self.rounds, "block_tokens": self.block_tokens},
             "points": [point.to_dict() for point in self.points],
             "targets": self.targets,
         }
@@ -144,7 +154,10 @@ def run_attention(
 
     Raises:
         UnsupportedError: the kernels are not built.
+        ConfigurationError: a length below `SHORTEST` or above `LONGEST`.
     """
+    for n_tokens in lengths:
+        _check_length(n_tokens)
     backend = CpuBackend()
     machine = Machine.here()
     reporter = progress or SilentProgress()
@@ -155,7 +168,7 @@ def run_attention(
                 for n_tokens in lengths:
                     reporter.stage(f"{shape.name}, {name}, {n_tokens:,} tokens")
                     points.append(_measure(backend, shape, name, n_tokens, rounds, block_tokens, reporter))
-    return AttentionReport(machine, backend.isa, tuple(points))
+    return AttentionReport(machine, backend.isa, rounds, block_tokens, tuple(points))
 
 
 def _measure(
@@ -165,31 +178,37 @@ def _measure(
     spec = build_spec([layer], k_format=name, v_format=name, block_tokens=block_tokens)
     bytes_read = n_tokens * spec.bytes_per_token()
     working_set = CACHES * last_level_cache()
-    n_views = min(max(-(-working_set // bytes_read), 2), MOST_VIEWS)
+    n_views = max(-(-working_set // bytes_read), 2)
     memory = Memory(spec, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     batches = [_filled(memory, layer, n_tokens, generator) for _ in range(n_views)]
     views = [batch.view(0) for batch in batches]
-    query = torch.randn(1, shape.n_query_heads, 1, shape.head_dim, generator=generator)
-    options = AttentionOptions(shape.head_dim**-0.5)
     dtype = torch.float32 if name == "fp32" else torch.bfloat16 if name == "bf16" else torch.float16
+    query = torch.randn(1, shape.n_query_heads, 1, shape.head_dim, generator=generator).to(dtype)
+    grouped = query.view(1, shape.n_kv_heads, -1, shape.head_dim)
+    options = AttentionOptions(shape.head_dim**-0.5)
     plain = [(keys.clone(), values.clone()) for keys, values in (view.gather(dtype) for view in views)]
-    plain_query = query.to(dtype)
     words = torch.ones(max(working_set, bytes_read * n_views) // 8, dtype=torch.int64)
 
-    def paged(view: KVView) -> object:
-        return backend.run(query, view, options)
+    def paged(view: KVView) -> Tensor:
+        return backend.run(query, view, options)[0]
 
-    def sdpa(rows: tuple[Tensor, Tensor]) -> object:
-        keys, values = rows
-        return torch.nn.functional.scaled_dot_product_attention(plain_query, keys, values, enable_gqa=True)
+    def sdpa(rows: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query, *rows, enable_gqa=True)
 
-    ours, theirs, reading = [], [], []
+    def sdpa_grouped(rows: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(grouped, *rows)
+
+    for theirs in (sdpa(plain[0]), sdpa_grouped(plain[0]).view(query.shape)):
+        torch.testing.assert_close(paged(views[0]), theirs, rtol=0.02, atol=0.02)
+    ours, repeated, in_groups, reading = [], [], [], []
     for done in range(rounds + 1):  # the first is not counted
         ours.append(_each(paged, views))
-        theirs.append(_each(sdpa, plain))
+        repeated.append(_each(sdpa, plain))
+        in_groups.append(_each(sdpa_grouped, plain))
         reading.append(8 * words.numel() / seconds_of(lambda: read_all(words)))
         reporter.advance(done, rounds)
+    is_grouped = statistics.median(in_groups[1:]) < statistics.median(repeated[1:])
     return Point(
         shape,
         name,
@@ -197,7 +216,8 @@ def _measure(
         n_views,
         bytes_read,
         Cost.of(ours[1:]),
-        Cost.of(theirs[1:]),
+        Cost.of((in_groups if is_grouped else repeated)[1:]),
+        is_grouped,
         statistics.median(reading[1:]),
     )
 
@@ -214,10 +234,18 @@ def _each(call: Callable[[Any], object], over: Sequence[Any]) -> float:
 
 def _filled(memory: Memory, layer: LayerSpec, n_tokens: int, generator: torch.Generator) -> SequenceBatch:
     batch = SequenceBatch(memory)
-    shape = (1, layer.n_kv_heads, n_tokens, layer.k_dim)
-    batch.begin(1, n_tokens)
-    batch.write(0, torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
+    for n in (n_tokens - 1, 1):  # the newest token is the one that attends
+        shape = (1, layer.n_kv_heads, n, layer.k_dim)
+        batch.begin(1, n)
+        batch.write(0, torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
     return batch
+
+
+def _check_length(n_tokens: int) -> None:
+    if n_tokens < SHORTEST:
+        raise ConfigurationError(f"lengths start at {SHORTEST} tokens, got {n_tokens}")
+    if n_tokens > LONGEST:
+        raise ConfigurationError(f"lengths end at {LONGEST:,} tokens, got {n_tokens:,}")
 
 
 def last_level_cache() -> int:

@@ -41,7 +41,7 @@ class Arena:
         self.bytes_copied = 0  # by growth; copies on write and compactions are not growth
         self._addresses: dict[int, Tensor] = {}
         self.version = 0
-        """Rises when blocks move or change in size."""
+        """Rises when blocks move, change in size or lose their memory."""
 
     @property
     def n_blocks(self) -> int:
@@ -61,14 +61,14 @@ class Arena:
 
     def shrink(self, n_blocks: int) -> int:
         """Give back the last slabs that lie wholly behind block `n_blocks`; returns the number of blocks left."""
-        self._addresses.clear()
         while self.slabs and self.slabs[-1].first >= n_blocks:
             self.slabs.pop()
+            self._moved()
         return self.n_blocks
 
     def respec(self, spec: GroupSpec) -> None:
         """Take on `spec`, which differs in what a member's pages look like; those members' bytes start anew."""
-        self._addresses.clear()
+        self._moved()
         for slab in self.slabs:
             slab.members = [
                 tensor if old == new else self._zeros(slab.n_blocks, new)
@@ -96,8 +96,7 @@ class Arena:
                 self.bytes_copied += source.numel()
                 old_slab.members[m] = torch.empty(0, dtype=torch.uint8)
         self.slabs, self.spec = slabs, spec
-        self._addresses.clear()
-        self.version += 1
+        self._moved()
 
     def locate(self, block: int) -> tuple[int, int]:
         """(slab, block within the slab) of a block id."""
@@ -178,7 +177,7 @@ class Arena:
         """int64 `[n_slabs]`: where the bytes of one member lie, slab by slab. For kernels that read pages in place."""
         if member not in self._addresses:
             found = [slab.members[member].data_ptr() for slab in self.slabs]
-            self._addresses[member] = torch.tensor(found, dtype=torch.int64)
+            self._addresses[member] = torch.tensor(found, dtype=torch.int64, device="cpu")
         return self._addresses[member]
 
     def relocate(self, pairs: Iterable[tuple[int, int]]) -> None:
@@ -242,6 +241,10 @@ class Arena:
         """Raise StateError where blocks moved since `plan` was made."""
         if plan.version != self.version:
             raise StateError("blocks moved since this view was made; a view is good for one step of its cache")
+
+    def _moved(self) -> None:
+        self._addresses.clear()
+        self.version += 1
 
     def _zeros(self, n_blocks: int, member: Member) -> Tensor:
         # Zeros, not empty: the system hands out zeroed memory lazily anyway, and a page never holds another's data.

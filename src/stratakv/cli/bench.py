@@ -75,8 +75,7 @@ def attention(
 ) -> None:
     """Measure decode attention over pages against the read bandwidth, and against torch over plain tensors."""
     chosen = parse_lengths(lengths, at_least=1)
-    names = [part.strip() for part in shapes.split(",")]
-    stored = [part.strip() for part in formats.split(",")]
+    names, stored = (list(dict.fromkeys(part.strip() for part in text.split(","))) for text in (shapes, formats))
     for name in names:
         options.check_choice("--shapes", name, SHAPES)
     for name in stored:

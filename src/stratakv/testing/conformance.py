@@ -84,6 +84,27 @@ def check_backend(backend: AttentionBackend, *, tolerance: float = 2e-5) -> None
             n_served += 1
             _check_attention(backend, query, view, options, tolerance)
     assert n_served, "the backend supports none of the combinations"
+    _check_refusals(backend)
+
+
+def _check_refusals(backend: AttentionBackend) -> None:
+    """What does not fit together is refused, never read past its end."""
+    view = make_view(1, 2, 19, 1)
+    query = torch.zeros(1, 4, 1, 8)
+    for wrong, options in (
+        (torch.zeros(1, 4, 2, 8), AttentionOptions(0.3)),
+        (torch.zeros(2, 4, 1, 8), AttentionOptions(0.3)),
+        (query, AttentionOptions(0.3, mask=torch.zeros(1, 1, 1, 18))),
+        (query, AttentionOptions(0.3, mask=torch.zeros(1, 1, 1, 19), mask_offset=1)),
+        (query, AttentionOptions(0.3, mask=torch.zeros(1, 3, 1, 19))),
+        (query, AttentionOptions(0.3, bias=torch.zeros(1, 1, 1, 18))),
+        (query, AttentionOptions(0.3, sinks=torch.zeros(3))),
+    ):
+        try:
+            backend.run(wrong, view, options)
+        except ConfigurationError:
+            continue
+        raise AssertionError(f"queries {tuple(wrong.shape)} with {options} were served")
 
 
 def _check_pages(codec: Codec, layout: PageLayout) -> None:

@@ -176,7 +176,7 @@ class Binding:
         }
         if all(name in self._room and self._room[name].numel() >= size for name, size in sizes.items()):
             return
-        self._room = {name: torch.empty(size) for name, size in sizes.items()}
+        self._room = {name: torch.empty(size, dtype=torch.float32, device="cpu") for name, size in sizes.items()}
         self._decoder.set_room(*(self._room[name].data_ptr() for name in ("stream", "normed", "produced", "lse")))
 
 

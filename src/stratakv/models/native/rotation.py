@@ -35,8 +35,10 @@ class Rotations:
 
     def _table(self, kind: str) -> tuple[Tensor, Tensor]:
         """fp32 `[n_positions, pairs]` each: the second half of what the module gives repeats the first."""
-        positions = torch.arange(self.n_positions).unsqueeze(0)
-        numbers = torch.empty(0, dtype=torch.float32)  # of the dtype and on the device that the angles should have
+        positions = torch.arange(self.n_positions, device="cpu").unsqueeze(0)
+        numbers = torch.empty(
+            0, dtype=torch.float32, device="cpu"
+        )  # of the dtype and on the device that the angles should have
         found = self._module(numbers, positions, kind) if self._by_type else self._module(numbers, positions)
         cosines, sines = (table[0, :, : table.shape[-1] // 2].contiguous() for table in found)
         return cosines, sines

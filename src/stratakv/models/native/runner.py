@@ -73,8 +73,11 @@ class NativeRunner:
         tokens = self._checked(tokens)
         n_sequences, n_new = tokens.shape
         n_wanted = n_new if every else 1
+        shape = (n_sequences, n_wanted, self.architecture.vocabulary)
         if out is None:
-            out = torch.empty((n_sequences, n_wanted, self.architecture.vocabulary))
+            out = _floats(*shape)
+        elif out.shape != shape or out.dtype != torch.float32 or out.device.type != "cpu" or not out.is_contiguous():
+            raise ConfigurationError(f"logits go into dense fp32 {shape} in RAM, not {out.dtype} {tuple(out.shape)}")
         binding = self._bind(batch)
         batch.begin(n_sequences, n_new)
         try:
@@ -94,13 +97,15 @@ class NativeRunner:
         """New tokens `[start, stop)` through all layers, and the logits that are wanted of them."""
         (n_sequences, n_new), n = tokens.shape, stop - start
         if every:
-            logits = out if n == n_new else torch.empty((n_sequences, n, out.shape[2]))
-            binding.run(batch, tokens, start, stop, torch.arange(n_sequences * n, dtype=torch.int32), logits)
+            logits = out if n == n_new else _floats(n_sequences, n, out.shape[2])
+            binding.run(
+                batch, tokens, start, stop, torch.arange(n_sequences * n, dtype=torch.int32, device="cpu"), logits
+            )
             if logits is not out:
                 out[:, start:stop] = logits
         else:
             last = [n * (s + 1) - 1 for s in range(n_sequences)] if stop == n_new else []
-            binding.run(batch, tokens, start, stop, torch.tensor(last, dtype=torch.int32), out)
+            binding.run(batch, tokens, start, stop, torch.tensor(last, dtype=torch.int32, device="cpu"), out)
 
     def _bind(self, batch: SequenceBatch) -> Binding:
         if self._binding is None or self._binding.memory is not batch.memory:
@@ -118,3 +123,7 @@ class NativeRunner:
         if low < 0 or high >= self.architecture.vocabulary:
             raise ConfigurationError(f"token ids go from 0 to {self.architecture.vocabulary - 1}, got {low} to {high}")
         return tokens.to(torch.int32).contiguous()
+
+
+def _floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")

@@ -122,7 +122,7 @@ class _Copy:
         if all(bias is None for bias in biases):
             return Linear(fused, None)
         parts = [
-            torch.zeros(module.weight.shape[0]) if bias is None else bias.detach().float()
+            torch.zeros(module.weight.shape[0], dtype=torch.float32) if bias is None else bias.detach().float()
             for module, bias in zip(modules, biases, strict=True)
         ]
         return Linear(fused, torch.cat(parts))
