@@ -9,6 +9,7 @@ from stratakv.bench.attention import AttentionReport
 from stratakv.bench.fit import PowerFit
 from stratakv.bench.samples import Timing
 from stratakv.bench.scaling import ScalingReport
+from stratakv.bench.speed import SpeedReport
 from stratakv.units import format_bytes
 
 
@@ -40,6 +41,26 @@ def attention_table(report: AttentionReport) -> Table:
         read = f"{p.read_bandwidth / 1e9:.1f}"
         numbers = f"{p.speedup:.1f}", f"{bandwidth:.1f}", read, f"{p.share:.0%}"
         table.add_row(p.shape.name, p.format, f"{p.n_tokens:,}", paged, sdpa, *numbers)
+    return table
+
+
+def speed_table(report: SpeedReport) -> Table:
+    """What `bench decode`, `prefill` and `batch` print."""
+    machine, settings = report.machine, report.settings
+    about = ", ".join(report.model.values())
+    table = Table(title=f"{settings.kind}: {about}; {machine.cpu}, {machine.threads} threads, load {machine.load}")
+    rate = "ms a token" if settings.kind == "decode" else "tokens/s"
+    for heading in ("requests" if settings.kind == "batch" else "tokens", "subject", rate, "spread", "floor"):
+        table.add_column(heading, justify="left" if heading == "subject" else "right")
+    for p in report.points:
+        seconds = [p.median, min(p.seconds), max(p.seconds), p.floor_seconds]
+        if settings.kind == "decode":
+            shown = [None if s is None else s * 1e3 for s in seconds]
+        else:
+            n = p.size * settings.steps if settings.kind == "batch" else p.size
+            shown = [None if s is None else n / s for s in seconds]
+        middle, low, high, floor = ("" if value is None else f"{value:,.1f}" for value in shown)
+        table.add_row(f"{p.size:,}", p.subject, middle, f"{low} to {high}", floor)
     return table
 
 

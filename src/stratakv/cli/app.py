@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from stratakv.cli.bench import attention, scaling
+from stratakv.cli.bench_speed import batch, decode, prefill
 from stratakv.cli.chat import chat
 from stratakv.cli.failures import OneLineFailures
 from stratakv.cli.generate import generate
@@ -20,6 +21,9 @@ COMMANDS: Mapping[str, Callable[..., Any]] = {
     "chat": chat,
     "bench scaling": scaling,
     "bench attention": attention,
+    "bench decode": decode,
+    "bench prefill": prefill,
+    "bench batch": batch,
     "verify": verify,
 }
 """Every command by its full name. A new one is a file and a line here; "group command" puts it in a group."""

@@ -103,8 +103,8 @@ def attention(
     Console().print(attention_table(report))
 
 
-def parse_lengths(text: str, at_least: int = MIN_LENGTHS) -> tuple[int, ...]:
-    """The lengths in `text`, sorted, each once.
+def parse_lengths(text: str, at_least: int = MIN_LENGTHS, option: str = "--lengths") -> tuple[int, ...]:
+    """The numbers in `text`, sorted, each once.
 
     Raises:
         ConfigurationError: it holds something else than numbers of tokens, or fewer than `at_least` of them.
@@ -112,9 +112,9 @@ def parse_lengths(text: str, at_least: int = MIN_LENGTHS) -> tuple[int, ...]:
     try:
         lengths = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
-        raise ConfigurationError(f"--lengths takes numbers with commas between, got {text!r}") from None
+        raise ConfigurationError(f"{option} takes numbers with commas between, got {text!r}") from None
     if lengths[0] < 1:
-        raise ConfigurationError(f"--lengths must be at least 1, got {lengths[0]}")
+        raise ConfigurationError(f"{option} must be at least 1, got {lengths[0]}")
     if len(lengths) < at_least:
-        raise ConfigurationError(f"--lengths needs at least {at_least} different lengths for the fit, got {text!r}")
+        raise ConfigurationError(f"{option} needs at least {at_least} different lengths for the fit, got {text!r}")
     return lengths

@@ -1,0 +1,79 @@
+"""The benchmarks of whole models, on a tiny one: the subjects say the same, and the books are right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from stratakv.attention.cpu import is_built
+from stratakv.bench import speed
+from stratakv.bench.report import speed_table
+from stratakv.bench.speed import KINDS, SpeedOptions, run_speed
+from stratakv.bench.subjects import SUBJECTS, Subject, make_subject
+from stratakv.cli import bench_speed
+from stratakv.errors import ConfigurationError
+from stratakv.testing.tiny import VOCABULARY, tiny_llama
+
+pytestmark = pytest.mark.skipif(not is_built(), reason="installed without the extension, on purpose or for want of g++")
+
+TEXT = torch.randint(0, VOCABULARY, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def fresh(dtype: torch.dtype) -> Any:
+    return tiny_llama().to(dtype)
+
+
+def subjects() -> list[Subject]:
+    return [make_subject(name, fresh, torch.float32, "fp32") for name in SUBJECTS]
+
+
+def test_all_subjects_say_the_same() -> None:
+    prompts = torch.tensor(TEXT[:90]).view(3, 30)
+    said = []
+    for subject in subjects():
+        _, first = subject.prefill_seconds(prompts)
+        _, last = subject.decode_seconds(first, 20)
+        again = subject.prefill_seconds(prompts)[1]
+        assert torch.equal(first, again)
+        said.append(torch.cat([first, last], dim=1))
+    assert torch.equal(said[0], said[1])
+    assert torch.equal(said[0], said[2])
+
+
+def test_bytes_and_operations_are_those_of_the_model() -> None:
+    layer = 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 64  # q, k, v; output; gate, up, down
+    for subject in subjects():
+        assert subject.weight_bytes == 4 * (2 * layer + 97 * 32)
+        assert subject.bytes_per_token == 4 * 2 * 2 * 2 * 8  # layers, K and V, heads, dims
+        assert subject.operations(10) == 2 * 10 * 2 * layer + 2 * 97 * 32 + 4 * 2 * 32 * 55
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_has_the_documented_keys(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(speed, "WORDS", 1 << 10)
+    settings = SpeedOptions(kind, (2, 4), rounds=2, steps=3, prompt_tokens=20)
+    report = run_speed(subjects(), TEXT, settings, {"name": "tiny", "dtype": "fp32", "format": "fp32"})
+    found = report.to_dict()
+    assert set(found) == {"schema", "machine", "model", "settings", "points"}
+    assert [(p["subject"], p["size"]) for p in found["points"]] == [(s, n) for n in (2, 4) for s in SUBJECTS]
+    for point in found["points"]:
+        assert point["samples"] == (6 if kind == "decode" else 2)
+        assert 0 < point["min_seconds"] <= point["median_seconds"] <= point["max_seconds"]
+        assert (point["floor_seconds"] is None) == (kind == "batch")
+    with (tmp_path / "out").open("w") as nowhere:
+        console = Console(width=200, record=True, file=nowhere)
+        console.print(speed_table(report))
+    assert "native" in console.export_text()
+
+
+def test_an_unknown_subject_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="nobody"):
+        make_subject("nobody", fresh, torch.float32, "fp32")
+
+
+def test_the_commands_name_the_subjects_there_are() -> None:
+    assert bench_speed.SUBJECTS == SUBJECTS
