@@ -1,10 +1,13 @@
 // What Python sees: addresses and sizes in, nothing out but the numbers that were written. Callers check.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "attention/arguments.h"
@@ -41,12 +44,20 @@ T* at(std::intptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Room for the partial results of a call, kept by the thread that calls: two threads may attend at once.
+// Room for the partial results of a call, kept by the thread that calls: two threads may attend at once. It begins on a
+// line of the processor's caches, so that no register of it lies on two.
 float* scratch(std::ptrdiff_t n_floats) {
+  constexpr std::size_t line = 64;
   thread_local std::vector<float> room;
-  if (room.size() < static_cast<std::size_t>(n_floats)) room.resize(n_floats);
-  return room.data();
+  const std::size_t wanted = static_cast<std::size_t>(n_floats) + line / sizeof(float);
+  if (room.size() < wanted) room.resize(wanted);
+  void* begin = room.data();
+  std::size_t space = room.size() * sizeof(float);
+  return static_cast<float*>(std::align(line, n_floats * sizeof(float), begin, space));
 }
+
+// Numbers from one sequence, head and token to the next.
+using Strides = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 
 // One call, whose arguments are set in groups. Not to be shared by threads.
 class Step {
@@ -94,20 +105,30 @@ class Step {
     a_.n_threads = n_threads;
   }
 
-  void run(std::intptr_t slabs, std::intptr_t query, std::int64_t q_sequence, std::int64_t q_head, std::int64_t q_token,
-           std::intptr_t out, std::int64_t o_sequence, std::int64_t o_head, std::int64_t o_token, std::intptr_t lse) {
-    AttentionArguments a = a_;
-    a.pages.slabs = at<const std::int64_t>(slabs);
-    a.query = {at<const void>(query), q_sequence, q_head, q_token};
-    a.out = {at<void>(out), o_sequence, o_head, o_token};
-    const std::int64_t n_query_heads = std::int64_t{a.pages.n_heads} * a.group;
-    a.lse = {at<float>(lse), n_query_heads * a.n_new, a.n_new, 1};
-    a.scratch = scratch(kernels_->decode_floats(a));
-    nb::gil_scoped_release release;
-    kernels_->decode(a);
+  // Few queries, which read every byte once.
+  void decode(std::intptr_t slabs, std::intptr_t query, const Strides& q, std::intptr_t out, const Strides& o, std::intptr_t lse) {
+    run(kernels_->decode, kernels_->decode_floats, slabs, query, q, out, o, lse);
+  }
+
+  // Many queries, which share what was widened.
+  void prefill(std::intptr_t slabs, std::intptr_t query, const Strides& q, std::intptr_t out, const Strides& o, std::intptr_t lse) {
+    run(kernels_->prefill, kernels_->prefill_floats, slabs, query, q, out, o, lse);
   }
 
  private:
+  void run(void (*kernel)(const AttentionArguments&), std::ptrdiff_t (*floats)(const AttentionArguments&), std::intptr_t slabs,
+           std::intptr_t query, const Strides& q, std::intptr_t out, const Strides& o, std::intptr_t lse) {
+    AttentionArguments a = a_;
+    a.pages.slabs = at<const std::int64_t>(slabs);
+    a.query = {at<const void>(query), std::get<0>(q), std::get<1>(q), std::get<2>(q)};
+    a.out = {at<void>(out), std::get<0>(o), std::get<1>(o), std::get<2>(o)};
+    const std::int64_t n_query_heads = std::int64_t{a.pages.n_heads} * a.group;
+    a.lse = {at<float>(lse), n_query_heads * a.n_new, a.n_new, 1};
+    a.scratch = scratch(floats(a));
+    nb::gil_scoped_release release;
+    kernel(a);
+  }
+
   const Kernels* kernels_;
   AttentionArguments a_{};
 };
@@ -131,5 +152,6 @@ NB_MODULE(_kernels, m) {
       .def("set_rules", &Step::set_rules)
       .def("set_mask", &Step::set_mask)
       .def("set_queries", &Step::set_queries)
-      .def("run", &Step::run);
+      .def("decode", &Step::decode)
+      .def("prefill", &Step::prefill);
 }

@@ -12,6 +12,8 @@ struct Kernels {
   bool (*is_supported)();  // by this processor
   void (*decode)(const AttentionArguments&);
   std::ptrdiff_t (*decode_floats)(const AttentionArguments&);  // of scratch
+  void (*prefill)(const AttentionArguments&);  // the same for many queries
+  std::ptrdiff_t (*prefill_floats)(const AttentionArguments&);
 };
 
 // All that were compiled in, best first; the last runs everywhere.

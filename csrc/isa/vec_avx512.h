@@ -34,12 +34,31 @@ struct Vec {
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 
   float sum() const { return _mm512_reduce_add_ps(v); }
   float largest() const { return _mm512_reduce_max_ps(v); }
   static void store_sums(Vec a, Vec b, Vec c, Vec d, float* p) {
     const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a.folded(), b.folded()), _mm256_hadd_ps(c.folded(), d.folded()));
     _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+  }
+
+  // Rows become columns: kWidth of them. Row i and row i + 8 are interleaved to rows 2 i and 2 i + 1, which rotates the
+  // bits of (row, column) by one; four such rounds swap row and column.
+  static void transpose(Vec* x) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#pragma GCC unroll 4
+    for (int round = 0; round < 4; ++round) {
+      Vec y[kWidth];
+#pragma GCC unroll 8
+      for (int i = 0; i < kWidth / 2; ++i) {
+        y[2 * i].v = _mm512_permutex2var_ps(x[i].v, low, x[i + kWidth / 2].v);
+        y[2 * i + 1].v = _mm512_permutex2var_ps(x[i].v, high, x[i + kWidth / 2].v);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) x[i] = y[i];
+    }
   }
 
   static Vec zero_where_less(Vec a, Vec b, Vec value) {

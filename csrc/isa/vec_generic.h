@@ -82,6 +82,7 @@ struct Vec {
   friend Vec operator+(Vec a, Vec b) { return map([&](int i) { return a.v[i] + b.v[i]; }); }
   friend Vec operator-(Vec a, Vec b) { return map([&](int i) { return a.v[i] - b.v[i]; }); }
   friend Vec operator*(Vec a, Vec b) { return map([&](int i) { return a.v[i] * b.v[i]; }); }
+  friend Vec operator/(Vec a, Vec b) { return map([&](int i) { return a.v[i] / b.v[i]; }); }
 
   float sum() const {
     float s = 0.0f;
@@ -98,6 +99,17 @@ struct Vec {
     p[1] = b.sum();
     p[2] = c.sum();
     p[3] = d.sum();
+  }
+
+  // Rows become columns: kWidth of them.
+  static void transpose(Vec* x) {
+    for (int i = 0; i < kWidth; ++i) {
+      for (int j = i + 1; j < kWidth; ++j) {
+        const float moved = x[i].v[j];
+        x[i].v[j] = x[j].v[i];
+        x[j].v[i] = moved;
+      }
+    }
   }
 
   static Vec zero_where_less(Vec a, Vec b, Vec value) { return map([&](int i) { return a.v[i] < b.v[i] ? 0.0f : value.v[i]; }); }

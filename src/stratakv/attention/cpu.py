@@ -21,8 +21,8 @@ except ImportError:  # installed without the extension
 
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2}
-QUERIES_A_CALL = 64
-"""New tokens that one call takes; rows that none of them sees are not read."""
+PREFILL_QUERIES = 16
+"""With so many queries a KV head (new tokens times query heads) the kernel for prompts is the faster one."""
 
 
 def is_built() -> bool:
@@ -113,6 +113,7 @@ class CpuBackend(AttentionBackend):
         arena.check_version(plan)
         if table is not None:
             check_table(table, options.mask_offset, query, plan.runs)
+            table = table if table.stride(3) == 1 else table.contiguous()
         member = arena.spec.members[part.member]
         positions = None if plan.is_one_run else _row_positions(part)
         first = (plan.runs[0][0] if plan.runs else 0) - plan.skip
@@ -140,29 +141,23 @@ class CpuBackend(AttentionBackend):
             0,
             0 if sinks is None else sinks.data_ptr(),
         )
-        slabs = arena.addresses(part.member)
-        for start in range(0, query.shape[2], QUERIES_A_CALL):
-            chosen = query[:, :, start : start + QUERIES_A_CALL]
-            n = chosen.shape[2]
-            position = view.seen_tokens + start
-            n_rows = plan.skip + _rows_seen(part, position + n, view, options)
-            each = [array("i", [x]) * plan.n_sequences for x in (n_rows, plan.skip, first, position)]
-            counts, skips, firsts, queries = (numbers.buffer_info()[0] for numbers in each)
-            step.set_rows(counts, skips, firsts, 0 if positions is None else positions.data_ptr(), 0, queries)
-            step.set_queries(group, n, NUMBER_TYPES[query.dtype], torch.get_num_threads())
-            _set_mask(step, table, options.mask_offset, start, n)
-            piece, sums = out[:, :, start : start + n], lse[:, :, start : start + n]
-            own = sums if sums.is_contiguous() else torch.empty(sums.shape)
-            step.run(
-                slabs.data_ptr(),
-                chosen.data_ptr(),
-                *_strides(chosen),
-                piece.data_ptr(),
-                *_strides(piece),
-                own.data_ptr(),
-            )
-            if own is not sums:
-                sums.copy_(own)
+        n_new = query.shape[2]
+        each = [
+            array("i", [x]) * plan.n_sequences for x in (plan.skip + plan.n_rows, plan.skip, first, view.seen_tokens)
+        ]
+        counts, skips, firsts, queries = (numbers.buffer_info()[0] for numbers in each)
+        step.set_rows(counts, skips, firsts, 0 if positions is None else positions.data_ptr(), 0, queries)
+        step.set_queries(group, n_new, NUMBER_TYPES[query.dtype], torch.get_num_threads())
+        _set_mask(step, table, options.mask_offset)
+        attend = step.prefill if group * n_new >= PREFILL_QUERIES else step.decode
+        attend(
+            arena.addresses(part.member).data_ptr(),
+            query.data_ptr(),
+            _strides(query),
+            out.data_ptr(),
+            _strides(out),
+            lse.data_ptr(),
+        )
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int]:
@@ -180,21 +175,12 @@ def _added(options: AttentionOptions) -> Tensor | None:
     return (options.bias if mask is None else options.bias + mask).float().contiguous()
 
 
-def _set_mask(step: Any, table: Tensor | None, offset: int, start: int, n: int) -> None:
+def _set_mask(step: Any, table: Tensor | None, offset: int) -> None:
     if table is None:
         step.set_mask(0, 0, 0, 0, 0, 0)
         return
-    table = table if table.shape[2] == 1 else table[:, :, start : start + n]
-    table = table if table.stride(3) == 1 else table.contiguous()
     strides = [stride if size > 1 else 0 for stride, size in zip(table.stride()[:3], table.shape[:3], strict=True)]
     step.set_mask(table.data_ptr(), *strides, 1 if table.dtype == torch.bool else 2, offset)
-
-
-def _rows_seen(part: KVPart, end: int, view: KVView, options: AttentionOptions) -> int:
-    """Rows, skipped ones left out, at positions before `end`; all, where later ones may be seen."""
-    if not options.causal or options.mask is not None or end >= view.seen_tokens + view.n_new:
-        return part.plan.n_rows
-    return sum(min(max(end - first, 0), count) for first, count in part.plan.runs)
 
 
 def _row_positions(part: KVPart) -> Tensor:
