@@ -16,7 +16,7 @@ constexpr int kVectors = 2;
 constexpr int kStrip = kVectors * Vec::kWidth;
 
 // Rows of a tile, in whole strips; the scores of a query lie this far from the next one's.
-constexpr int kPanelRows = 128;
+constexpr int kPanelRows = 192;
 
 inline std::ptrdiff_t whole_panels(std::ptrdiff_t m) { return (m + kPanel - 1) / kPanel * kPanel; }
 
@@ -110,14 +110,21 @@ inline int width_at(std::ptrdiff_t d, std::ptrdiff_t stride) {
 template <typename V>
 inline void pack_values(const V* const* rows, int n, int dim, float* to) {
   const std::ptrdiff_t stride = padded(dim);
-  for (int r = 0; r < n; ++r) {
-    const V* from = rows[r];
-    for (std::ptrdiff_t d = 0; d < stride; d += Vec::kWidth) {
-      const std::ptrdiff_t first = d / kStrip * kStrip;
-      float* at = to + first * n + std::ptrdiff_t{r} * width_at(first, stride) * Vec::kWidth + d % kStrip;
-      const int n_dims = static_cast<int>(between<std::ptrdiff_t>(dim - d, 0, Vec::kWidth));
-      if (n_dims == Vec::kWidth) Vec::load(from + d).store(at);
-      else (n_dims == 0 ? Vec::zero() : Vec::load_some(from + d, n_dims)).store(at);
+  for (std::ptrdiff_t d = 0; d < stride; d += kStrip) {
+    const int width = width_at(d, stride);
+    if (d + kStrip <= dim) {
+      for (int r = 0; r < n; ++r, to += kStrip) {
+        STRATAKV_UNROLL
+        for (int j = 0; j < kVectors; ++j) Vec::load(rows[r] + d + j * Vec::kWidth).store(to + j * Vec::kWidth);
+      }
+      continue;
+    }
+    for (int r = 0; r < n; ++r) {
+      for (int j = 0; j < width; ++j, to += Vec::kWidth) {
+        const std::ptrdiff_t first = d + j * Vec::kWidth;
+        const int n_dims = static_cast<int>(between<std::ptrdiff_t>(dim - first, 0, Vec::kWidth));
+        (n_dims == 0 ? Vec::zero() : Vec::load_some(rows[r] + first, n_dims)).store(to);
+      }
     }
   }
 }

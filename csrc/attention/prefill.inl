@@ -23,7 +23,7 @@ namespace stratakv::STRATAKV_ISA {
 // Queries of a unit: enough that widening costs little, and so few that what they need stays in the second cache.
 constexpr int kUnitQueries = 192;
 // Smaller ones where there would be too few for the threads.
-constexpr int kLeastUnitQueries = 48;
+constexpr int kLeastUnitQueries = 24;
 constexpr int kUnitsAThread = 4;
 
 // How a call is cut into units.

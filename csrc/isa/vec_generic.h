@@ -61,7 +61,7 @@ inline void narrow(float x, Half& to) {
 
 struct Vec {
   static constexpr int kWidth = 8;
-  static constexpr int kRegisters = 16;
+  static constexpr int kRegisters = 8;  // where a register has four floats and there are sixteen
   float v[kWidth];
 
   static Vec all(float x) { return map([=](int) { return x; }); }

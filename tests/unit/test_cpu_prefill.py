@@ -22,7 +22,7 @@ every_isa = pytest.mark.parametrize("isa", instruction_sets())
 @pytest.fixture(autouse=True)
 def prefill_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """However few queries there are."""
-    monkeypatch.setattr(cpu, "PREFILL_QUERIES", 1)
+    monkeypatch.setattr(cpu, "PREFILL_QUERIES", 0)
 
 
 @every_isa
@@ -200,3 +200,34 @@ def test_both_kernels_say_the_same(isa: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cpu, "PREFILL_QUERIES", 1 << 30)
     for a, b in zip(prefill, CpuBackend(isa).run(query, view, AttentionOptions(0.125)), strict=True):
         torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("n_sequences", "group", "n_new", "n_threads", "expected"),
+    [
+        (1, 4, 5, 1, "decode"),
+        (1, 4, 6, 1, "prefill"),
+        (8, 4, 5, 1, "decode"),  # more heads do not make up for queries that share nothing
+        (1, 4, 6, 2, "decode"),  # two threads with two heads: one share each
+        (1, 4, 12, 2, "prefill"),
+        (4, 4, 6, 2, "prefill"),
+    ],
+)
+def test_the_kernel_depends_on_the_queries_of_a_head_and_a_thread(
+    n_sequences: int, group: int, n_new: int, n_threads: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+
+    class Recording(cpu._kernels.Step):  # type: ignore[misc]
+        def decode(self, *arguments: Any) -> None:
+            called.append("decode")
+
+        def prefill(self, *arguments: Any) -> None:
+            called.append("prefill")
+
+    monkeypatch.setattr(cpu, "PREFILL_QUERIES", 24)
+    monkeypatch.setattr(cpu._kernels, "Step", Recording)
+    view = make_view(n_sequences, 2, 40, n_new, k_dim=16, v_dim=16, block_tokens=16)
+    with threads(n_threads):
+        CpuBackend().run(queries(n_sequences, 2 * group, n_new, 16), view, AttentionOptions(0.3))
+    assert called == [expected]
