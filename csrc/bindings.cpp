@@ -1,9 +1,12 @@
 // What Python sees: addresses and sizes in, nothing out but the numbers that were written. Callers check.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "attention/arguments.h"
@@ -32,12 +35,20 @@ T* at(std::intptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Room for the partial results of a call, kept by the thread that calls: two threads may attend at once.
+// Room for the partial results of a call, kept by the thread that calls: two threads may attend at once. It begins on a
+// line of the processor's caches, so that no register of it lies on two.
 float* scratch(std::ptrdiff_t n_floats) {
+  constexpr std::size_t line = 64;
   thread_local std::vector<float> room;
-  if (room.size() < static_cast<std::size_t>(n_floats)) room.resize(n_floats);
-  return room.data();
+  const std::size_t wanted = static_cast<std::size_t>(n_floats) + line / sizeof(float);
+  if (room.size() < wanted) room.resize(wanted);
+  void* begin = room.data();
+  std::size_t space = room.size() * sizeof(float);
+  return static_cast<float*>(std::align(line, n_floats * sizeof(float), begin, space));
 }
+
+// Numbers from one sequence, head and token to the next.
+using Strides = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 
 // One call, whose arguments are set in groups. Not to be shared by threads.
 class Step {
@@ -78,24 +89,26 @@ class Step {
     a_.mask = {{at<const void>(data), sequence, head, token}, static_cast<stratakv::MaskKind>(kind), offset};
   }
 
-  void set_queries(int group, int n_new, int type, int n_threads) {
+  void set_queries(int group, int n_new, int type, int n_threads, std::int64_t prompt_queries) {
     a_.group = group;
     a_.n_new = n_new;
     a_.query_type = static_cast<stratakv::NumberType>(type);
     a_.n_threads = n_threads;
+    a_.prompt_queries = prompt_queries;
   }
 
-  void run(std::intptr_t slabs, std::intptr_t query, std::int64_t q_sequence, std::int64_t q_head, std::int64_t q_token,
-           std::intptr_t out, std::int64_t o_sequence, std::int64_t o_head, std::int64_t o_token, std::intptr_t lse) {
+  bool is_prompt() const { return kernels_->is_prompt(a_); }
+
+  void run(std::intptr_t slabs, std::intptr_t query, const Strides& q, std::intptr_t out, const Strides& o, std::intptr_t lse) {
     AttentionArguments a = a_;
     a.pages.slabs = at<const std::int64_t>(slabs);
-    a.query = {at<const void>(query), q_sequence, q_head, q_token};
-    a.out = {at<void>(out), o_sequence, o_head, o_token};
+    a.query = {at<const void>(query), std::get<0>(q), std::get<1>(q), std::get<2>(q)};
+    a.out = {at<void>(out), std::get<0>(o), std::get<1>(o), std::get<2>(o)};
     const std::int64_t n_query_heads = std::int64_t{a.pages.n_heads} * a.group;
     a.lse = {at<float>(lse), n_query_heads * a.n_new, a.n_new, 1};
-    a.scratch = scratch(kernels_->decode_floats(a));
+    a.scratch = scratch(kernels_->attend_floats(a));
     nb::gil_scoped_release release;
-    kernels_->decode(a);
+    kernels_->attend(a);
   }
 
  private:
@@ -122,6 +135,7 @@ NB_MODULE(_kernels, m) {
       .def("set_rules", &Step::set_rules)
       .def("set_mask", &Step::set_mask)
       .def("set_queries", &Step::set_queries)
+      .def("is_prompt", &Step::is_prompt)
       .def("run", &Step::run);
   stratakv::bind_runner(m);
 }

@@ -11,8 +11,9 @@ namespace stratakv {
 struct Kernels {
   const char* isa;
   bool (*is_supported)();  // by this processor
-  void (*decode)(const AttentionArguments&);
-  std::ptrdiff_t (*decode_floats)(const AttentionArguments&);  // of scratch
+  bool (*is_prompt)(const AttentionArguments&);  // whether the kernel for prompts takes the call
+  void (*attend)(const AttentionArguments&);
+  std::ptrdiff_t (*attend_floats)(const AttentionArguments&);  // of scratch
   void (*forward)(const Model&, const Forward&);
   std::ptrdiff_t (*forward_floats)(const Model&, const Forward&);
 };

@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "attention/arguments.h"
+#include "attention/reading.inl"
 #include "isa/partial.h"
 
 namespace stratakv::STRATAKV_ISA {
@@ -24,9 +25,8 @@ inline void store_row(const float* from, int dim, NumberType type, char* page, i
 
 // The keys and values of one KV head become row `row` of a sequence.
 inline void append_row(const Pages& pages, int sequence, int head, int row, const float* key, const float* value) {
-  const int block = row / pages.block_tokens, in_page = row % pages.block_tokens;
-  const std::int32_t* place = pages.table + sequence * pages.table_stride + 2 * std::ptrdiff_t{block};
-  char* bytes = reinterpret_cast<char*>(pages.slabs[place[0]]) + place[1] * pages.block_bytes;
+  const int in_page = row % pages.block_tokens;
+  char* bytes = block_bytes(pages, sequence, row / pages.block_tokens);
   store_row(key, pages.k_dim, pages.k_type, bytes + head * pages.k_page_bytes, in_page);
   store_row(value, pages.v_dim, pages.v_type, bytes + pages.n_heads * pages.k_page_bytes + head * pages.v_page_bytes, in_page);
 }

@@ -5,20 +5,22 @@
 // 2018). Where a stretch begins or ends inside a head, what it has goes into a slot, and slots are merged at the end.
 #pragma once
 
-#include <cmath>
 #include <cstddef>
 
 #include "attention/arguments.h"
+#include "attention/reading.inl"
+#include "attention/sight.inl"
 #include "attention/state.inl"
 #include "attention/tiles.inl"
-#include "isa/exponential.h"
 #include "isa/small.h"
 #include "threads.h"
 
 namespace stratakv::STRATAKV_ISA {
 
-// A quarter of the smallest float: models mark what is hidden with that number, or half of it.
-constexpr float kHidden = -8.5e37f;
+// Query m of a KV head: the tokens of its first query head come first.
+inline Query query_of(const AttentionArguments& a, int head, int m) {
+  return {m % a.n_new, std::ptrdiff_t{head} * a.group + m / a.n_new};
+}
 
 // A call, seen from one thread.
 template <typename K, typename V>
@@ -41,10 +43,12 @@ class Decoding {
 
   const State& state() const { return state_; }
 
+  Query query(int m) const { return query_of(a_, head_, m); }
+
   void begin(int sequence, int head) {
     sequence_ = sequence;
     head_ = head;
-    for (int m = 0; m < m_; ++m) load_query(m);
+    for (int m = 0; m < m_; ++m) load_query(a_, sequence, query(m), queries_ + m * k_stride_);
     fill(state_.top, m_, kMinusInfinity);
     fill(state_.sum, m_, 0.0f);
     fill(state_.values, m_ * v_stride_, 0.0f);
@@ -52,132 +56,37 @@ class Decoding {
 
   // Attend to rows [from, to) of the sequence, which lie in block `block`. With `more`, the next block comes next.
   void attend(int block, int from, int to, bool more) {
-    const char* bytes = block_bytes(block);
-    const K* keys = reinterpret_cast<const K*>(bytes + head_ * a_.pages.k_page_bytes);
-    const char* next = more ? block_bytes(block + 1) + head_ * a_.pages.k_page_bytes : nullptr;
-    const V* values = reinterpret_cast<const V*>(bytes + a_.pages.n_heads * a_.pages.k_page_bytes + head_ * a_.pages.v_page_bytes);
+    const char* bytes = block_bytes(a_.pages, sequence_, block);
+    const K* keys = keys_in<K>(a_.pages, bytes, head_);
+    const V* values = values_in<V>(a_.pages, bytes, head_);
+    const char* next = more ? block_bytes(a_.pages, sequence_, block + 1) + head_ * a_.pages.k_page_bytes : nullptr;
+    const Sight sight(a_, sequence_);
     for (int row = from; row < to; row += kTileRows) {
       const int n = smaller(kTileRows, to - row);
       const std::ptrdiff_t in_page = row - std::ptrdiff_t{block} * a_.pages.block_tokens;
       const K* tile = keys + in_page * a_.pages.k_dim;
       const char* following = row + n < to ? reinterpret_cast<const char*>(tile + std::ptrdiff_t{n} * a_.pages.k_dim) : next;
-      attend_tile(tile, values + in_page * a_.pages.v_dim, row, n, following);
+      attend_tile(sight, tile, values + in_page * a_.pages.v_dim, row, n, following);
     }
   }
 
  private:
-  const char* block_bytes(int block) const {
-    const std::int32_t* place = a_.pages.table + sequence_ * a_.pages.table_stride + 2 * std::ptrdiff_t{block};
-    return reinterpret_cast<const char*>(a_.pages.slabs[place[0]]) + place[1] * a_.pages.block_bytes;
-  }
-
-  void load_query(int m) {
-    const std::ptrdiff_t head = std::ptrdiff_t{head_} * a_.group + m / a_.n_new;
-    const std::ptrdiff_t at = sequence_ * a_.query.sequence_stride + head * a_.query.head_stride + (m % a_.n_new) * a_.query.token_stride;
-    float* to = queries_ + m * k_stride_;
-    switch (a_.query_type) {
-      case NumberType::kFloat: copy(static_cast<const float*>(a_.query.data) + at, to); break;
-      case NumberType::kBFloat: copy(static_cast<const BFloat*>(a_.query.data) + at, to); break;
-      case NumberType::kHalf: copy(static_cast<const Half*>(a_.query.data) + at, to); break;
-    }
-  }
-
-  template <typename Q>
-  void copy(const Q* from, float* to) const {
-    const Vec scale = Vec::all(a_.rules.scale);
-    for (int d = 0; d < k_stride_; d += Vec::kWidth) {
-      const int n = between(a_.pages.k_dim - d, 0, Vec::kWidth);
-      (Vec::load_some(from + d, n) * scale).store(to + d);
-    }
-  }
-
-  std::int32_t position_of(int row) const {
-    if (a_.rows.positions != nullptr) return a_.rows.positions[row];
-    return a_.rows.first_positions[sequence_] + row;
-  }
-
-  void attend_tile(const K* keys, const V* values, int row, int n, const char* next) {
+  void attend_tile(const Sight& sight, const K* keys, const V* values, int row, int n, const char* next) {
     const Ahead to_values{reinterpret_cast<const char*>(values), a_.pages.v_dim * std::ptrdiff_t{sizeof(V)}};
     const Ahead to_keys{next, a_.pages.k_dim * std::ptrdiff_t{sizeof(K)}};
     in_fours(m_, [&](int m, auto count) {
       score_rows<K, decltype(count)::value>(keys, n, a_.pages.k_dim, queries_ + m * k_stride_, k_stride_,
                                             scores_ + std::ptrdiff_t{m} * kTileRows, m == 0 ? to_values : Ahead{});
     });
-    for (int m = 0; m < m_; ++m) soften(m, row, n);
+    for (int m = 0; m < m_; ++m) {
+      float* scores = scores_ + std::ptrdiff_t{m} * kTileRows;
+      sight.shape(query(m), row, n, scores);
+      decay_[m] = soften(scores, n, state_.top[m], state_.sum[m]);
+    }
     in_fours(m_, [&](int m, auto count) {
       add_values<V, decltype(count)::value>(values, n, a_.pages.v_dim, scores_ + std::ptrdiff_t{m} * kTileRows, decay_ + m,
                              state_.values + m * v_stride_, v_stride_, m == 0 ? to_keys : Ahead{});
     });
-  }
-
-  // Scores of one query become weights, and its maximum and sum move on.
-  void soften(int m, int row, int n) {
-    float* scores = scores_ + std::ptrdiff_t{m} * kTileRows;
-    shape(m, row, n, scores);
-    for (int r = n; r % Vec::kWidth != 0; ++r) scores[r] = kMinusInfinity;
-    Vec top = Vec::all(kMinusInfinity);
-    for (int r = 0; r < n; r += Vec::kWidth) top = Vec::max(top, Vec::load(scores + r));
-    const float old = state_.top[m];
-    const float now = larger(old, top.largest());
-    if (now == kMinusInfinity) {  // nothing seen so far, or nothing that is a number
-      for (int r = 0; r < n; ++r) {
-        if (scores[r] != scores[r]) {
-          state_.sum[m] = scores[r];
-          state_.top[m] = 0.0f;
-        }
-      }
-      decay_[m] = 1.0f;
-      fill(scores, n, 0.0f);
-      return;
-    }
-    decay_[m] = old == kMinusInfinity ? 0.0f : std::exp(old - now);
-    Vec sum = Vec::zero();
-    for (int r = 0; r < n; r += Vec::kWidth) {
-      const Vec w = exponential(Vec::load(scores + r) - Vec::all(now));
-      w.store(scores + r);
-      sum = sum + w;
-    }
-    state_.sum[m] = state_.sum[m] * decay_[m] + sum.sum();
-    state_.top[m] = now;
-  }
-
-  // Softcap, ALiBi, mask, and what the query does not see.
-  void shape(int m, int row, int n, float* scores) const {
-    const int token = m % a_.n_new;
-    const std::ptrdiff_t head = std::ptrdiff_t{head_} * a_.group + m / a_.n_new;
-    const std::int32_t query = a_.query_positions[sequence_] + token;
-    if (a_.rules.softcap > 0) {
-      for (int r = 0; r < n; ++r) scores[r] = a_.rules.softcap * std::tanh(scores[r] / a_.rules.softcap);
-    }
-    if (a_.rules.slopes != nullptr) {
-      const float slope = a_.rules.slopes[head];
-      for (int r = 0; r < n; ++r) scores[r] += slope * static_cast<float>(position_of(row + r) - query);
-    }
-    if (a_.mask.kind != MaskKind::kNone) mask(token, head, row, n, scores);
-    const std::int32_t first = position_of(row), last = position_of(row + n - 1);
-    const bool is_seen_whole = (!a_.rules.is_causal || last <= query) && (a_.rules.window == 0 || first > query - a_.rules.window);
-    if (is_seen_whole) return;
-    for (int r = 0; r < n; ++r) {
-      const std::int32_t at = position_of(row + r);
-      const bool is_late = a_.rules.is_causal && at > query;
-      const bool is_gone = a_.rules.window > 0 && at <= query - a_.rules.window && at >= a_.rules.sinks;
-      if (is_late || is_gone) scores[r] = kMinusInfinity;
-    }
-  }
-
-  void mask(int token, std::ptrdiff_t head, int row, int n, float* scores) const {
-    const auto& t = a_.mask.tensor;
-    const std::ptrdiff_t at = sequence_ * t.sequence_stride + head * t.head_stride + token * t.token_stride - a_.mask.offset;
-    for (int r = 0; r < n; ++r) {
-      const std::ptrdiff_t column = at + position_of(row + r);
-      if (a_.mask.kind == MaskKind::kBool) {
-        if (!static_cast<const unsigned char*>(t.data)[column]) scores[r] = kMinusInfinity;
-      } else {
-        const float added = static_cast<const float*>(t.data)[column];
-        const bool is_hidden = a_.mask.kind == MaskKind::kFloat && added < kHidden;
-        scores[r] = is_hidden ? kMinusInfinity : scores[r] + added;
-      }
-    }
   }
 
   const AttentionArguments& a_;
@@ -187,6 +96,13 @@ class Decoding {
   State state_;
   int sequence_ = 0, head_ = 0;
 };
+
+// Writes what the queries of one KV head have gathered.
+inline void finish(const AttentionArguments& a, const State& state, int sequence, int head) {
+  for (int m = 0; m < a.group * a.n_new; ++m) {
+    finish(a, sequence, query_of(a, head, m), state.top[m], state.sum[m], state.values + m * padded(a.pages.v_dim));
+  }
+}
 
 // A stretch of one head's rows that a thread attended to without having them all.
 struct Slot {

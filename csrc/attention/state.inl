@@ -5,11 +5,12 @@
 #include <cstddef>
 
 #include "attention/arguments.h"
+#include "attention/sight.inl"
+#include "isa/exponential.h"
+#include "isa/partial.h"
 #include "isa/small.h"
 
 namespace stratakv::STRATAKV_ISA {
-
-constexpr float kMinusInfinity = -__builtin_inff();
 
 // The sum, maximum and values of `m` queries.
 struct State {
@@ -37,29 +38,53 @@ inline void merge(const State& to, const State& from, int m, std::ptrdiff_t v_st
   }
 }
 
-template <typename O>
-inline void finish(const AttentionArguments& a, const State& state, int sequence, int head) {
-  const std::ptrdiff_t v_stride = padded(a.pages.v_dim);
-  for (int m = 0; m < a.group * a.n_new; ++m) {
-    const std::ptrdiff_t q_head = std::ptrdiff_t{head} * a.group + m / a.n_new, token = m % a.n_new;
-    const float lse = state.sum[m] > 0 ? state.top[m] + std::log(state.sum[m]) : state.sum[m] == 0 ? kMinusInfinity : state.sum[m];
-    a.lse.data[sequence * a.lse.sequence_stride + q_head * a.lse.head_stride + token * a.lse.token_stride] = lse;
-    float share = state.sum[m] == 0 ? 0.0f : 1.0f / state.sum[m];
-    if (a.rules.head_sinks != nullptr) share *= 1.0f / (1.0f + std::exp(a.rules.head_sinks[q_head] - lse));
-    O* out = static_cast<O*>(a.out.data) + sequence * a.out.sequence_stride + q_head * a.out.head_stride + token * a.out.token_stride;
-    for (int d = 0; d < a.pages.v_dim; d += Vec::kWidth) {
-      const Vec value = Vec::load(state.values + m * v_stride + d) * Vec::all(share);
-      const int n = smaller(Vec::kWidth, a.pages.v_dim - d);
-      if (n == Vec::kWidth) value.store(out + d); else value.store_some(out + d, n);
+// Scores of one query become weights, and its maximum and sum move on. Returns the share that is left of what it has
+// gathered before. `scores` has room for whole registers.
+inline float soften(float* scores, int n, float& top, float& sum) {
+  for (int r = n; r % Vec::kWidth != 0; ++r) scores[r] = kMinusInfinity;
+  Vec largest = Vec::all(kMinusInfinity);
+  for (int r = 0; r < n; r += Vec::kWidth) largest = Vec::max(largest, Vec::load(scores + r));
+  const float old = top, now = larger(old, largest.largest());
+  if (now == kMinusInfinity) {  // nothing seen so far, or nothing that is a number
+    for (int r = 0; r < n; ++r) {
+      if (scores[r] != scores[r]) {
+        sum = scores[r];
+        top = 0.0f;
+      }
     }
+    fill(scores, n, 0.0f);
+    return 1.0f;
+  }
+  const float decay = old == kMinusInfinity ? 0.0f : std::exp(old - now);
+  Vec added = Vec::zero();
+  for (int r = 0; r < n; r += Vec::kWidth) {
+    const Vec weight = exponential(Vec::load(scores + r) - Vec::all(now));
+    weight.store(scores + r);
+    added = added + weight;
+  }
+  sum = sum * decay + added.sum();
+  top = now;
+  return decay;
+}
+
+template <typename O>
+inline void finish(const AttentionArguments& a, int sequence, Query query, float top, float sum, const float* values) {
+  const float lse = sum > 0 ? top + std::log(sum) : sum == 0 ? kMinusInfinity : sum;
+  a.lse.data[sequence * a.lse.sequence_stride + query.head * a.lse.head_stride + query.token * a.lse.token_stride] = lse;
+  float share = sum == 0 ? 0.0f : 1.0f / sum;
+  if (a.rules.head_sinks != nullptr) share *= 1.0f / (1.0f + std::exp(a.rules.head_sinks[query.head] - lse));
+  O* out = static_cast<O*>(a.out.data) + sequence * a.out.sequence_stride + query.head * a.out.head_stride + query.token * a.out.token_stride;
+  for (int d = 0; d < a.pages.v_dim; d += Vec::kWidth) {
+    store_up_to(Vec::load(values + d) * Vec::all(share), out + d, a.pages.v_dim - d);
   }
 }
 
-inline void finish(const AttentionArguments& a, const State& state, int sequence, int head) {
+// Writes the output and log-sum-exp of one query.
+inline void finish(const AttentionArguments& a, int sequence, Query query, float top, float sum, const float* values) {
   switch (a.query_type) {
-    case NumberType::kFloat: finish<float>(a, state, sequence, head); break;
-    case NumberType::kBFloat: finish<BFloat>(a, state, sequence, head); break;
-    case NumberType::kHalf: finish<Half>(a, state, sequence, head); break;
+    case NumberType::kFloat: finish<float>(a, sequence, query, top, sum, values); break;
+    case NumberType::kBFloat: finish<BFloat>(a, sequence, query, top, sum, values); break;
+    case NumberType::kHalf: finish<Half>(a, sequence, query, top, sum, values); break;
   }
 }
 

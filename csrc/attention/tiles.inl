@@ -7,9 +7,6 @@
 
 namespace stratakv::STRATAKV_ISA {
 
-// Small loops over registers: left rolled, the registers would become an array in memory.
-#define STRATAKV_UNROLL _Pragma("GCC unroll 16")
-
 // Rows that one step takes: a page, or a part of a large one, so that scores stay in the first cache.
 constexpr int kTileRows = 64;
 

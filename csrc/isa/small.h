@@ -5,6 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
+// Small loops over registers: left rolled, the registers would become an array in memory.
+#define STRATAKV_UNROLL _Pragma("GCC unroll 16")
+
 namespace stratakv::STRATAKV_ISA {
 
 template <typename T>

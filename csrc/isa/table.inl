@@ -1,5 +1,5 @@
 // The table of one instruction set. Included once a file, with STRATAKV_ISA and Vec defined.
-#include "attention/decode.inl"
+#include "attention/attend.inl"
 #include "kernels.h"
 #include "runner/forward.inl"
 
@@ -11,6 +11,7 @@ namespace stratakv::STRATAKV_ISA {
 bool is_supported();
 
 extern const Kernels kernels;
-const Kernels kernels{STRATAKV_TEXT_OF(STRATAKV_ISA), is_supported, decode, decode_floats, forward, forward_floats};
+const Kernels kernels{STRATAKV_TEXT_OF(STRATAKV_ISA), is_supported, is_prompt, attend, attend_floats, forward,
+                      forward_floats};
 
 }  // namespace stratakv::STRATAKV_ISA

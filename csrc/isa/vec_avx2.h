@@ -75,6 +75,25 @@ struct Vec {
   }
   static void store_sums(Vec a, Vec b, Vec c, Vec d, float* p) { _mm_storeu_ps(p, sums(a, b, c, d)); }
 
+  // Rows become columns: kWidth of them.
+  static void transpose(Vec* x) {
+    __m256 quads[8];  // [0..3] and [4..7]: columns 0 to 3, and 4 to 7 in the upper half, of four rows
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+      const __m256 a = _mm256_unpacklo_ps(x[i].v, x[i + 1].v), b = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
+      const __m256 c = _mm256_unpacklo_ps(x[i + 2].v, x[i + 3].v), d = _mm256_unpackhi_ps(x[i + 2].v, x[i + 3].v);
+      quads[i] = _mm256_shuffle_ps(a, c, 0x44);
+      quads[i + 1] = _mm256_shuffle_ps(a, c, 0xEE);
+      quads[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+      quads[i + 3] = _mm256_shuffle_ps(b, d, 0xEE);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      x[i].v = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+      x[i + 4].v = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+    }
+  }
+
   static Vec zero_where_less(Vec a, Vec b, Vec value) {
     return {_mm256_andnot_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ), value.v)};
   }

@@ -43,6 +43,24 @@ struct Vec {
     _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
   }
 
+  // Rows become columns: kWidth of them. Row i and row i + 8 are interleaved to rows 2 i and 2 i + 1, which rotates the
+  // bits of (row, column) by one; four such rounds swap row and column.
+  static void transpose(Vec* x) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#pragma GCC unroll 4
+    for (int round = 0; round < 4; ++round) {
+      Vec y[kWidth];
+#pragma GCC unroll 8
+      for (int i = 0; i < kWidth / 2; ++i) {
+        y[2 * i].v = _mm512_permutex2var_ps(x[i].v, low, x[i + kWidth / 2].v);
+        y[2 * i + 1].v = _mm512_permutex2var_ps(x[i].v, high, x[i + kWidth / 2].v);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) x[i] = y[i];
+    }
+  }
+
   static Vec zero_where_less(Vec a, Vec b, Vec value) {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ), value.v)};
   }

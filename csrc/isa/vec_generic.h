@@ -61,7 +61,7 @@ inline void narrow(float x, Half& to) {
 
 struct Vec {
   static constexpr int kWidth = 8;
-  static constexpr int kRegisters = 16;
+  static constexpr int kRegisters = 8;  // where a register has four floats and there are sixteen
   float v[kWidth];
 
   static Vec all(float x) { return map([=](int) { return x; }); }
@@ -99,6 +99,17 @@ struct Vec {
     p[1] = b.sum();
     p[2] = c.sum();
     p[3] = d.sum();
+  }
+
+  // Rows become columns: kWidth of them.
+  static void transpose(Vec* x) {
+    for (int i = 0; i < kWidth; ++i) {
+      for (int j = i + 1; j < kWidth; ++j) {
+        const float moved = x[i].v[j];
+        x[i].v[j] = x[j].v[i];
+        x[j].v[i] = moved;
+      }
+    }
   }
 
   static Vec zero_where_less(Vec a, Vec b, Vec value) { return map([&](int i) { return a.v[i] < b.v[i] ? 0.0f : value.v[i]; }); }

@@ -78,6 +78,7 @@ struct Forward {
   const std::int32_t* tokens;     // [n_sequences, n_new]
   const std::int32_t* positions;  // [n_sequences]: of the first new token
   std::int32_t n_sequences, n_new, n_threads;
+  std::int64_t prompt_queries;    // as in AttentionArguments
   const GroupRows* groups;
   const std::int64_t* const* slabs;  // [n_layers]: addresses of the slabs' bytes of the layer
   const Rotation* rotations;

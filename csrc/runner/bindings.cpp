@@ -88,7 +88,7 @@ class Decoder {
   }
 
   void forward(std::intptr_t tokens, std::intptr_t positions, int n_sequences, int n_new, std::intptr_t wanted, int n_wanted,
-               std::intptr_t logits, int n_threads) {
+               std::intptr_t logits, int n_threads, std::int64_t prompt_queries) {
     model_.layers = layers_.data();
     model_.n_layers = static_cast<std::int32_t>(layers_.size());
     step_.tokens = at<std::int32_t>(tokens);
@@ -96,6 +96,7 @@ class Decoder {
     step_.n_sequences = n_sequences;
     step_.n_new = n_new;
     step_.n_threads = n_threads;
+    step_.prompt_queries = prompt_queries;
     step_.groups = groups_.data();
     step_.slabs = slabs_.data();
     step_.rotations = rotations_.data();

@@ -5,7 +5,7 @@
 #include <cstddef>
 
 #include "attention/append.inl"
-#include "attention/decode.inl"
+#include "attention/attend.inl"
 #include "isa/partial.h"
 #include "runner/arguments.h"
 #include "runner/elementwise.inl"
@@ -58,6 +58,7 @@ class Forwarding {
     a.group = model_.n_query_heads / model_.n_kv_heads;
     a.n_new = step_.n_new;
     a.n_threads = step_.n_threads;
+    a.prompt_queries = step_.prompt_queries;
     a.scratch = step_.scratch;
     return a;
   }
@@ -115,7 +116,7 @@ class Forwarding {
     product(Product::kQkv, index, layer.qkv, n_rows_, step_.produced);
     const AttentionArguments arguments = attention_arguments(index);
     each_row([&](int row) { store(layer, arguments, row); });
-    decode(arguments);
+    STRATAKV_ISA::attend(arguments);
     product(Product::kOutput, index, layer.output, n_rows_, step_.produced);
     each_row([&](int row) { add_to_stream(layer.after_attention_norm, row); });
   }
@@ -173,7 +174,7 @@ inline void forward(const Model& model, const Forward& step) { Forwarding(model,
 inline std::ptrdiff_t forward_floats(const Model& model, const Forward& step) {
   std::ptrdiff_t most = 0;
   for (int i = 0; i < model.n_layers; ++i) {
-    most = larger(most, decode_floats(Forwarding(model, step).attention_arguments(i)));
+    most = larger(most, attend_floats(Forwarding(model, step).attention_arguments(i)));
   }
   return most;
 }

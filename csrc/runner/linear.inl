@@ -11,7 +11,7 @@
 namespace stratakv::STRATAKV_ISA {
 
 // Rows of W that are worked on for all rows of x before the next are read: they stay in the second cache meanwhile.
-constexpr int kPanelRows = 48;
+constexpr int kWeightRows = 48;
 
 template <typename W, int kInputs>
 inline void panel_product(const W* weights, int n_rows, int n_columns, const float* x, std::ptrdiff_t x_stride, float* y,
@@ -30,8 +30,8 @@ template <typename W>
 inline void product_of_rows(const Matrix& matrix, std::ptrdiff_t from, std::ptrdiff_t to, const float* x, std::ptrdiff_t x_stride,
                             int n_inputs, float* y, std::ptrdiff_t y_stride) {
   const int n_columns = static_cast<int>(matrix.n_columns);
-  for (std::ptrdiff_t row = from; row < to; row += kPanelRows) {
-    const int n_rows = static_cast<int>(smaller<std::ptrdiff_t>(kPanelRows, to - row));
+  for (std::ptrdiff_t row = from; row < to; row += kWeightRows) {
+    const int n_rows = static_cast<int>(smaller<std::ptrdiff_t>(kWeightRows, to - row));
     const W* weights = static_cast<const W*>(matrix.data) + row * n_columns;
     in_fours(n_inputs, [&](int m, auto count) {
       panel_product<W, decltype(count)::value>(weights, n_rows, n_columns, x + m * x_stride, x_stride, y + m * y_stride + row, y_stride);

@@ -23,20 +23,94 @@ class Step:
         self, scale: float, softcap: float, is_causal: bool, window: int, sinks: int, slopes: int, head_sinks: int
     ) -> None: ...
     def set_mask(self, data: int, sequence: int, head: int, token: int, kind: int, offset: int) -> None: ...
-    def set_queries(self, group: int, n_new: int, type: int, n_threads: int) -> None: ...
+    def set_queries(self, group: int, n_new: int, type: int, n_threads: int, prompt_queries: int) -> None: ...
+    def is_prompt(self) -> bool: ...
     def run(
         self,
         slabs: int,
         query: int,
-        q_sequence: int,
-        q_head: int,
-        q_token: int,
+        q: tuple[int, int, int],
         out: int,
-        o_sequence: int,
-        o_head: int,
-        o_token: int,
+        o: tuple[int, int, int],
         lse: int,
     ) -> None: ...
 
 def supported_isas() -> list[str]: ...
 def read_all(words: int, n: int, n_threads: int) -> int: ...
+
+class Matrix:
+    def __init__(self, data: int, n_rows: int, n_columns: int, type: int, bias: int = 0) -> None: ...
+
+class Decoder:
+    def __init__(
+        self,
+        isa: str,
+        hidden: int,
+        intermediate: int,
+        head_dim: int,
+        n_query_heads: int,
+        n_kv_heads: int,
+        norm_epsilon: float,
+        embedding_scale: float,
+        attention_scale: float,
+        attention_softcap: float,
+        logit_softcap: float,
+        activation: int,
+        embedding: Matrix,
+        head: Matrix,
+        norm: int,
+        n_groups: int,
+    ) -> None: ...
+    def add_layer(
+        self,
+        qkv: Matrix,
+        output: Matrix,
+        gate_up: Matrix,
+        down: Matrix,
+        attention_norm: int,
+        query_norm: int,
+        key_norm: int,
+        after_attention_norm: int,
+        mlp_norm: int,
+        after_mlp_norm: int,
+        rotation: int,
+    ) -> None: ...
+    def set_pages(
+        self,
+        layer: int,
+        group: int,
+        slabs: int,
+        block_bytes: int,
+        k_page_bytes: int,
+        v_page_bytes: int,
+        k_type: int,
+        v_type: int,
+    ) -> None: ...
+    def set_group(
+        self,
+        group: int,
+        table: int,
+        table_stride: int,
+        counts: int,
+        skips: int,
+        first_positions: int,
+        positions: int,
+        block_tokens: int,
+        window: int,
+        sinks: int,
+    ) -> None: ...
+    def set_rotation(self, index: int, cosines: int, sines: int, pairs: int) -> None: ...
+    def set_room(self, stream: int, normed: int, produced: int, lse: int) -> None: ...
+    def set_hook(self, hook: object, from_rows: int) -> None: ...
+    def forward(
+        self,
+        tokens: int,
+        positions: int,
+        n_sequences: int,
+        n_new: int,
+        wanted: int,
+        n_wanted: int,
+        logits: int,
+        n_threads: int,
+        prompt_queries: int,
+    ) -> None: ...

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from attention_checks import FORMATS, assert_right, queries, threads
 from torch import Tensor
 
-from stratakv.attention import AttentionBackend, AttentionOptions, CpuBackend, ReferenceBackend, backend_for
+from stratakv.attention import AttentionBackend, AttentionOptions, CpuBackend, ReferenceBackend, backend_for, cpu
 from stratakv.attention.cpu import instruction_sets, is_built
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.geometry import build_spec
@@ -26,19 +27,12 @@ from stratakv.testing.views import make_view
 pytestmark = pytest.mark.skipif(not is_built(), reason="installed without the extension, on purpose or for want of g++")
 
 every_isa = pytest.mark.parametrize("isa", instruction_sets())
-FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def queries(n_sequences: int, n_heads: int, n_new: int, dim: int, seed: int = 5) -> Tensor:
-    return torch.randn(n_sequences, n_heads, n_new, dim, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_right(isa: str, view: KVView, query: Tensor, options: AttentionOptions, tolerance: float = 3e-6) -> None:
-    out, lse = CpuBackend(isa).run(query, view, options)
-    expected, expected_lse = ReferenceBackend().run(query.double(), view, options)
-    rounding = tolerance if query.dtype == torch.float32 else float(torch.finfo(query.dtype).eps)
-    torch.testing.assert_close(out.double(), expected, rtol=rounding, atol=rounding)
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=3e-6, atol=1e-5)
+@pytest.fixture(autouse=True)
+def decode_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many queries there are."""
+    monkeypatch.setattr(cpu, "PREFILL_QUERIES", 1 << 30)
 
 
 @every_isa
@@ -75,16 +69,12 @@ def test_several_queries_see_what_they_may(isa: str, n_new: int, policy: Window 
 
 
 @every_isa
-@pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_a_head_that_threads_share_is_merged(isa: str, threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 7])
+def test_a_head_that_threads_share_is_merged(isa: str, n_threads: int) -> None:
+    with threads(n_threads):
         for n_sequences, n_kv_heads in ((1, 1), (1, 3), (3, 2)):
             view = make_view(n_sequences, n_kv_heads, 2000, 1, k_dim=64, v_dim=64, block_tokens=64, format="fp16")
             assert_right(isa, view, queries(n_sequences, 3 * n_kv_heads, 1, 64), AttentionOptions(0.125))
-    finally:
-        torch.set_num_threads(before)
 
 
 @every_isa

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stratakv.attention.cpu import FORMATS, NUMBER_TYPES
+from stratakv.attention.cpu import FORMATS, NUMBER_TYPES, PREFILL_QUERIES
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.memory import Memory
 from stratakv.errors import ConfigurationError
@@ -88,6 +88,7 @@ class Binding:
             len(wanted),
             logits.data_ptr(),
             torch.get_num_threads(),
+            PREFILL_QUERIES,
         )
 
     def _make(self, isa: str) -> Any:

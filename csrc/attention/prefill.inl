@@ -1,0 +1,227 @@
+// Attention of many queries over many rows: keys and values are widened once for all queries of a tile.
+//
+// Work is the list of all (sequence, KV head, tokens), a unit each, that threads take one after the other, the costly
+// ones first. A unit goes over the rows that its tokens see, a tile at a time: the tile's keys and values are widened
+// and packed into strips, all queries (the tokens of all query heads of the KV head) are scored against it, and the
+// weights, by online softmax, are multiplied with its values (Dao et al. 2022, arXiv:2205.14135). What no query of a
+// panel sees is not computed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attention/arguments.h"
+#include "attention/panels.inl"
+#include "attention/reading.inl"
+#include "attention/sight.inl"
+#include "attention/state.inl"
+#include "isa/small.h"
+#include "threads.h"
+
+namespace stratakv::STRATAKV_ISA {
+
+// Queries of a unit: enough that widening costs little, and so few that what they need stays in the second cache.
+constexpr int kUnitQueries = 192;
+// Smaller ones where there would be too few for the threads.
+constexpr int kLeastUnitQueries = 24;
+constexpr int kUnitsAThread = 4;
+
+// How a call is cut into units.
+struct Units {
+  int tokens;    // of a unit
+  int n_pieces;  // of a sequence's tokens
+  std::int64_t n;
+
+  static Units of(const AttentionArguments& a) {
+    const std::int64_t n_heads = std::int64_t{a.n_sequences} * a.pages.n_heads;
+    const std::int64_t wanted = a.n_threads == 1 ? 1 : kUnitsAThread * a.n_threads / larger<std::int64_t>(n_heads, 1);
+    const int least = pieces(a, larger(1, kUnitQueries / a.group)), most = pieces(a, larger(1, kLeastUnitQueries / a.group));
+    const int tokens = pieces(a, static_cast<int>(between<std::int64_t>(wanted, least, most)));
+    return {tokens, pieces(a, tokens), n_heads * pieces(a, tokens)};
+  }
+
+ private:
+  static int pieces(const AttentionArguments& a, int tokens) { return (a.n_new + tokens - 1) / tokens; }
+};
+
+// A call, seen from one thread.
+template <typename K, typename V>
+class Prefilling {
+ public:
+  Prefilling(const AttentionArguments& a, int tokens, float* memory)
+      : a_(a),
+        m_(tokens * a.group),
+        v_stride_(padded(a.pages.v_dim)),
+        queries_(memory),
+        scores_(queries_ + whole_panels(m_) * padded(a.pages.k_dim)),
+        decay_(scores_ + whole_panels(m_) * kPanelRows),
+        keys_(decay_ + padded(whole_panels(m_))),
+        values_(keys_ + kPanelRows * padded(a.pages.k_dim)),
+        state_(State::at(values_ + kPanelRows * v_stride_, whole_panels(m_))),
+        spans_(reinterpret_cast<Span*>(state_.values + whole_panels(m_) * v_stride_)) {}
+
+  static std::ptrdiff_t floats(const AttentionArguments& a, int tokens) {
+    const std::ptrdiff_t m = whole_panels(std::ptrdiff_t{tokens} * a.group);
+    const std::ptrdiff_t of_queries = m * (padded(a.pages.k_dim) + kPanelRows) + padded(m) + State::floats(m, a.pages.v_dim);
+    const std::ptrdiff_t spans = padded(m / kPanel * static_cast<std::ptrdiff_t>(sizeof(Span) / sizeof(float)));
+    return of_queries + kPanelRows * (padded(a.pages.k_dim) + padded(a.pages.v_dim)) + spans;
+  }
+
+  // Attention of the tokens [from, to) to all they see.
+  void run(int sequence, int head, int from, int to) {
+    const Sight sight(a_, sequence);
+    sequence_ = sequence;
+    head_ = head;
+    from_ = from;
+    m_ = (to - from) * a_.group;
+    begin();
+    const Span gone = sight.gone(from);
+    const int end = sight.end(to - 1);
+    for (int row = a_.rows.skips[sequence]; row < end;) {
+      if (gone.from <= row && row < gone.to) {
+        row = gone.to;
+        continue;
+      }
+      const int stop = row < gone.from && gone.from < gone.to ? smaller(end, gone.from) : end;
+      const int n = smaller(kPanelRows, stop - row);
+      attend(sight, row, n);
+      row += n;
+    }
+    for (int m = 0; m < m_; ++m) finish(a_, sequence, query(m), state_.top[m], state_.sum[m], state_.values + m * v_stride_);
+  }
+
+ private:
+  // The query heads of a token follow one another, so that the queries of a panel see much the same.
+  Query query(int m) const { return {from_ + m / a_.group, std::ptrdiff_t{head_} * a_.group + m % a_.group}; }
+
+  // Queries as panels [panel, k_dim, kPanel]; those that fill up the last one are zeros.
+  void begin() {
+    const std::ptrdiff_t m = whole_panels(m_), dim = a_.pages.k_dim;
+    fill(queries_, m * dim, 0.0f);
+    fill(decay_, m, 0.0f);
+    fill(state_.top, m, kMinusInfinity);
+    fill(state_.sum, m, 0.0f);
+    fill(state_.values, m * v_stride_, 0.0f);
+    for (int i = 0; i < m_; ++i) {
+      float* panel = queries_ + i / kPanel * kPanel * dim + i % kPanel;
+      load_query(a_, sequence_, query(i), scores_);
+      for (std::ptrdiff_t d = 0; d < dim; ++d) panel[d * kPanel] = scores_[d];
+    }
+  }
+
+  // All queries, to the rows [row, row + n).
+  void attend(const Sight& sight, int row, int n) {
+    int end = 0;
+    for (int m = 0; m < m_; m += kPanel) {
+      spans_[m / kPanel] = seen_by_panel(sight, m, row, n);
+      end = larger(end, spans_[m / kPanel].to);
+    }
+    if (end == 0) return;
+    pack(row, end);
+    for (int strip = 0; strip < end; strip += kStrip) {
+      const float* keys = keys_ + std::ptrdiff_t{strip} * a_.pages.k_dim;
+      for (std::ptrdiff_t m = 0; m < m_; m += kPanel) {
+        const Span span = spans_[m / kPanel];
+        if (strip + kStrip <= span.from || span.to <= strip) continue;
+        score_panel(queries_ + m * a_.pages.k_dim, keys, a_.pages.k_dim, scores_ + m * kPanelRows + strip);
+      }
+    }
+    for (int m = 0; m < m_; ++m) {
+      const Span span = spans_[m / kPanel];
+      if (span.is_empty()) continue;
+      float* scores = scores_ + std::ptrdiff_t{m} * kPanelRows + span.from;
+      sight.shape(query(m), row + span.from, span.to - span.from, scores);
+      decay_[m] = soften(scores, span.to - span.from, state_.top[m], state_.sum[m]);
+    }
+    for (std::ptrdiff_t d = 0; d < v_stride_; d += kStrip) {
+      const int width = width_at(d, v_stride_) * Vec::kWidth;
+      for (std::ptrdiff_t m = 0; m < m_; m += kPanel) {
+        const Span span = spans_[m / kPanel];
+        if (span.is_empty()) continue;
+        const float* weights = scores_ + m * kPanelRows + span.from;
+        const float* strip = values_ + d * end + std::ptrdiff_t{span.from} * width;
+        float* values = state_.values + m * v_stride_ + d;
+        if (width == kStrip) add_panel<kVectors>(weights, decay_ + m, strip, span.to - span.from, values, v_stride_);
+        else add_panel<1>(weights, decay_ + m, strip, span.to - span.from, values, v_stride_);
+      }
+    }
+  }
+
+  // What the queries of the panel from `m` on see of the rows [row, row + n), from a whole register of scores on.
+  Span seen_by_panel(const Sight& sight, int m, int row, int n) const {
+    Span all{n, 0};
+    for (int i = m; i < smaller(m + kPanel, m_); ++i) {
+      const Span span = sight.seen(query(i), row, n);
+      if (span.is_empty()) continue;
+      all = {smaller(all.from, span.from), larger(all.to, span.to)};
+    }
+    return {all.from / Vec::kWidth * Vec::kWidth, all.to};
+  }
+
+  void pack(int row, int n) {
+    const K* keys[kPanelRows];
+    const V* values[kPanelRows];
+    for (int r = 0; r < n;) {
+      const int block = (row + r) / a_.pages.block_tokens;
+      const char* bytes = block_bytes(a_.pages, sequence_, block);
+      const K* block_keys = keys_in<K>(a_.pages, bytes, head_);
+      const V* block_values = values_in<V>(a_.pages, bytes, head_);
+      for (int at = (row + r) % a_.pages.block_tokens; at < a_.pages.block_tokens && r < n; ++at, ++r) {
+        keys[r] = block_keys + std::ptrdiff_t{at} * a_.pages.k_dim;
+        values[r] = block_values + std::ptrdiff_t{at} * a_.pages.v_dim;
+      }
+    }
+    pack_keys(keys, n, a_.pages.k_dim, keys_);
+    pack_values(values, n, a_.pages.v_dim, values_);
+  }
+
+  const AttentionArguments& a_;
+  int m_;
+  std::ptrdiff_t v_stride_;
+  float *queries_, *scores_, *decay_, *keys_, *values_;
+  State state_;
+  Span* spans_;  // [panel], of the tile's rows
+  int sequence_ = 0, head_ = 0, from_ = 0;
+};
+
+template <typename K, typename V>
+void prefill_typed(const AttentionArguments& a) {
+  const Units units = Units::of(a);
+  const std::ptrdiff_t a_thread = Prefilling<K, V>::floats(a, units.tokens);
+  const int n_threads = static_cast<int>(between<std::int64_t>(units.n, 1, a.n_threads));
+  std::int64_t taken = 0;
+  in_parallel(n_threads, [&](int thread) {
+    Prefilling<K, V> prefilling(a, units.tokens, a.scratch + thread * a_thread);
+    for (;;) {
+      const std::int64_t unit = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
+      if (unit >= units.n) return;
+      const std::int64_t n_heads = units.n / units.n_pieces, head = unit % n_heads;
+      const int from = static_cast<int>(units.n_pieces - 1 - unit / n_heads) * units.tokens;  // the last see most
+      prefilling.run(static_cast<int>(head / a.pages.n_heads), static_cast<int>(head % a.pages.n_heads), from,
+                     smaller(from + units.tokens, a.n_new));
+    }
+  });
+}
+
+template <typename K>
+void prefill_keys(const AttentionArguments& a) {
+  switch (a.pages.v_type) {
+    case NumberType::kFloat: prefill_typed<K, float>(a); break;
+    case NumberType::kBFloat: prefill_typed<K, BFloat>(a); break;
+    case NumberType::kHalf: prefill_typed<K, Half>(a); break;
+  }
+}
+
+inline void prefill(const AttentionArguments& a) {
+  switch (a.pages.k_type) {
+    case NumberType::kFloat: prefill_keys<float>(a); break;
+    case NumberType::kBFloat: prefill_keys<BFloat>(a); break;
+    case NumberType::kHalf: prefill_keys<Half>(a); break;
+  }
+}
+
+inline std::ptrdiff_t prefill_floats(const AttentionArguments& a) {
+  return a.n_threads * Prefilling<float, float>::floats(a, Units::of(a).tokens);
+}
+
+}  // namespace stratakv::STRATAKV_ISA
