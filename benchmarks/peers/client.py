@@ -9,7 +9,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ class Worker:
             deadline = time.monotonic() + grace
             while os.waitid(os.P_PID, self._process.pid, waiting) is None and time.monotonic() < deadline:
                 time.sleep(0.01)
-            os.killpg(self._process.pid, signal.SIGKILL)
+            _kill_session(self._process.pid)
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
                 with contextlib.suppress(OSError):  # what was not sent yet
@@ -128,13 +128,26 @@ class Worker:
 def cpu_seconds() -> dict[int, float]:
     """Processor time that each session of this machine has used so far, as far as its processes still run."""
     seconds: dict[int, float] = {}
+    for _, session, ticks in _processes():
+        seconds[session] = seconds.get(session, 0) + ticks / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def _kill_session(session: int) -> None:
+    """End the processes of a session, whatever groups they are in: build tools make groups of their own."""
+    while found := [process for process, of, _ in _processes() if of == session]:
+        for process in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _processes() -> Iterator[tuple[int, int, int]]:
+    """Process, session, and ticks of processor time, those of its ended children included; of all that run."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:  # ended meanwhile
             continue
-        if fields[0] == "Z":  # ended, and nobody has asked how
-            continue
-        session, ticks = int(fields[3]), sum(map(int, fields[11:15]))  # user and kernel, own and of ended children
-        seconds[session] = seconds.get(session, 0) + ticks / os.sysconf("SC_CLK_TCK")
-    return seconds
+        if fields[0] != "Z":  # ended, and nobody has asked how
+            yield int(stat.parent.name), int(fields[3]), sum(map(int, fields[11:15]))

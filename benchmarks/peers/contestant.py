@@ -27,6 +27,7 @@ def start_worker(entry: Entry, peers_dir: Path, threads: int) -> Worker:
         **inherited,
         "PATH": f"{folder}{os.pathsep}{inherited.get('PATH', '')}",
         "HF_HUB_OFFLINE": "1",
+        "XDG_CACHE_HOME": str(peers_dir / "cache"),  # for what peers compile at first use
         "OMP_NUM_THREADS": str(threads),
         **entry.variables,
     }

@@ -87,7 +87,10 @@ class Run:
                 _say(f"  missing: {contestant.missing}")
         for key, stage in stages(settings, tokens).items():
             for contestant in self._contestants:
+                _say(f"{stage.title}, warming up {contestant.entry.name}")
                 contestant.begin(key, stage)
+                if contestant.cells[key].reason != contestant.missing:
+                    _say(f"  {contestant.cells[key].reason}")
             for number in range(settings.rounds):
                 time.sleep(SETTLE_SECONDS)
                 read = here.ask("bandwidth", settings.timeout, threads=settings.threads)
