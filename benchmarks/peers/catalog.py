@@ -14,10 +14,11 @@ OWN = "stratakv"
 
 @dataclass(frozen=True)
 class Environment:
-    """A venv: the arguments of each `pip install`, in order."""
+    """A venv: the arguments of each `pip install`, in order, and what to run in it then."""
 
     name: str
     installs: tuple[tuple[str, ...], ...]
+    code: str = "pass"
 
     def python(self, peers_dir: Path) -> Path:
         """Its interpreter."""
@@ -63,8 +64,10 @@ ENVIRONMENTS = {
             (
                 _TORCH,
                 ("transformers==5.24.0", "tokenizers==0.23.3", "safetensors==0.8.0", "accelerate==1.15.0"),
-                ("optimum-quanto==0.2.7", "hqq==0.2.8.post1", "ninja"),
+                ("optimum-quanto==0.2.7", "hqq==0.2.8.post1", "ninja==1.13.2"),
             ),
+            # quanto compiles this at first use, which takes minutes.
+            code="from optimum.quanto.library.extensions.cpp import ext; ext.lib",
         ),
         Environment("llama_cpp", (("llama-cpp-python==0.3.36",),)),  # built from source: about ten minutes
         Environment("openvino", (("openvino-genai==2026.4.1.0",),)),
@@ -101,5 +104,6 @@ PEERS = {
         Entry("openvino-u8", "f16", "u8", "openvino", "openvino", GGUF, {"kv": "u8"}),
         Entry("openvino-f16", "f16", "f16", "openvino", "openvino", GGUF, {"kv": "f16"}),
         Entry("vllm-bf16", "bf16", "bf16", "vllm_cpu", "vllm", FOLDER, {"dtype": "bfloat16"}, _VLLM_VARIABLES),
+        Entry("vllm-fp32", "fp32", "fp32", "vllm_cpu", "vllm", FOLDER, {"dtype": "float32"}, _VLLM_VARIABLES),
     )
 }

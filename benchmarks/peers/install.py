@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ FAILURE = "failed.txt"
 def install(environment: Environment, peers_dir: Path) -> str | None:
     """Make one venv, unless it is there as the catalog wants it. Returns why that failed, or None."""
     folder = peers_dir / environment.name
-    recipe = json.dumps(environment.installs)
+    recipe = json.dumps([*environment.installs, environment.code])
     stamp = folder / STAMP
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == recipe:
         return None
@@ -35,11 +36,13 @@ def install(environment: Environment, peers_dir: Path) -> str | None:
     python = str(environment.python(peers_dir))
     commands = [[sys.executable, "-m", "venv", str(folder / "venv")]]
     commands += [[python, "-m", "pip", "install", *arguments] for arguments in environment.installs]
+    commands += [[python, "-c", environment.code]]
+    tools = {**os.environ, "PATH": f"{Path(python).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     with (folder / "install.log").open("w", encoding="utf-8") as log:
         for command in commands:
             log.write(f"$ {' '.join(command)}\n")
             log.flush()
-            if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
+            if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=tools, check=False).returncode:
                 return _note_failure(folder, command)
     stamp.write_text(recipe, encoding="utf-8")
     return None
@@ -57,8 +60,8 @@ def why_missing(environment: Environment, peers_dir: Path) -> str | None:
 
 def _note_failure(folder: Path, command: list[str]) -> str:
     lines = (folder / "install.log").read_text(encoding="utf-8", errors="replace").splitlines()
-    errors = [line.strip() for line in lines if line.lstrip().lower().startswith("error")] or lines[-1:]
-    reason = f"`{' '.join(command[2:])}` failed: {errors[-1]}"
+    errors = [line.strip() for line in lines if line.lstrip().lower().startswith("error")]
+    reason = f"`{' '.join(command[1:])}` failed: {(errors or lines)[-1]}"  # the command itself is a line of the log
     (folder / FAILURE).write_text(reason + "\n", encoding="utf-8")
     return reason
 

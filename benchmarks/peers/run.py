@@ -29,7 +29,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -140,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps, to see whether all works")
     parser.add_argument("--out", type=Path, help="the JSON; the table and the plot go beside it")
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers are ended too
     settings = replace(Settings(), **(QUICK if given.quick else {}))
     named = ("lengths", "batches", "rounds", "threads", "timeout")
     settings = replace(settings, **{name: value for name in named if (value := getattr(given, name)) is not None})

@@ -11,6 +11,7 @@ from benchmarks.peers.protocol import Peer, serve
 
 LONGEST = 8192 + 256
 MOST_SEQUENCES = 32
+CHUNK = 2048  # tokens a step; vLLM also runs as many to warm up
 
 
 class VllmCpu(Peer):
@@ -29,7 +30,7 @@ class VllmCpu(Peer):
             async_scheduling=False,
             max_model_len=LONGEST,
             max_num_seqs=MOST_SEQUENCES,
-            max_num_batched_tokens=LONGEST,  # a prompt is one step
+            max_num_batched_tokens=CHUNK,
         ).llm_engine
         self._requests = 0
         self._running: list[str] = []
