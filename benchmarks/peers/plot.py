@@ -58,8 +58,8 @@ def _lines(axes: Any, peers: dict[str, Any], styles: dict[str, Any], kind: str, 
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sorted(ticks), [f"{tick:,}" for tick in sorted(ticks)])
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_minor_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:.4g}")
+    axes.yaxis.set_minor_formatter("{x:.4g}")
     axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.grid(visible=True, which="both", linewidth=0.4, alpha=0.5)
 
