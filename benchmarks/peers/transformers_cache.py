@@ -27,8 +27,7 @@ class TransformersCache(TransformersPeer):
             return DynamicCache(config=config)
         if kind == "static":
             return StaticCache(config=config, max_cache_len=n_tokens)
-        # hqq counts its axes from one side, quanto from the other; 0 and 1 are what each needs for keys and values
-        # in groups along the head.
+        # By default groups of 64 numbers, and the latest 128 tokens are not quantised.
         return QuantizedCache(kind, config=config, nbits=self.options["bits"])
 
 
