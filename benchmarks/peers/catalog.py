@@ -78,7 +78,7 @@ ENVIRONMENTS = {
 
 def _hugging_face(name: str, dtype: str, kv: str, **options: object) -> Entry:
     own = name.startswith("stratakv")
-    worker = "stratakv_attached" if own else "transformers_cache"
+    worker = "_".join(name.split("-")[:2]) if own else "transformers_cache"
     environment = OWN if own else "transformers"
     return Entry(name, dtype, kv, worker, environment, FOLDER, {"dtype": dtype, **options})
 
@@ -92,6 +92,8 @@ _VLLM_VARIABLES = {
 PEERS = {
     entry.name: entry
     for entry in (
+        _hugging_face("stratakv-native-bf16", "bf16", "bf16", format="bf16"),
+        _hugging_face("stratakv-native-fp16", "fp16", "fp16", format="fp16"),
         _hugging_face("stratakv-attached-bf16", "bf16", "bf16"),
         _hugging_face("stratakv-attached-fp32", "fp32", "fp32"),
         _hugging_face("transformers-dynamic-bf16", "bf16", "bf16", cache="dynamic"),

@@ -44,7 +44,7 @@ struct Sums {
 };
 
 // scores[i][r] = query i . key r, for one panel [dim, kPanel] and one strip [dim, kStrip] of keys.
-inline void score_panel(const float* panel, const float* strip, int dim, float* scores) {
+inline void score_panel(const float* panel, const float* strip, int dim, float* scores, std::ptrdiff_t stride) {
   Sums<kVectors> sums;
   STRATAKV_UNROLL
   for (int i = 0; i < kPanel; ++i) {
@@ -55,7 +55,7 @@ inline void score_panel(const float* panel, const float* strip, int dim, float* 
   STRATAKV_UNROLL
   for (int i = 0; i < kPanel; ++i) {
     STRATAKV_UNROLL
-    for (int j = 0; j < kVectors; ++j) sums.of[i][j].store(scores + i * kPanelRows + j * Vec::kWidth);
+    for (int j = 0; j < kVectors; ++j) sums.of[i][j].store(scores + i * stride + j * Vec::kWidth);
   }
 }
 

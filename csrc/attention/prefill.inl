@@ -123,7 +123,7 @@ class Prefilling {
       for (std::ptrdiff_t m = 0; m < m_; m += kPanel) {
         const Span span = spans_[m / kPanel];
         if (strip + kStrip <= span.from || span.to <= strip) continue;
-        score_panel(queries_ + m * a_.pages.k_dim, keys, a_.pages.k_dim, scores_ + m * kPanelRows + strip);
+        score_panel(queries_ + m * a_.pages.k_dim, keys, a_.pages.k_dim, scores_ + m * kPanelRows + strip, kPanelRows);
       }
     }
     for (int m = 0; m < m_; ++m) {

@@ -10,10 +10,11 @@ namespace stratakv::STRATAKV_ISA {
 // Rows that one step takes: a page, or a part of a large one, so that scores stay in the first cache.
 constexpr int kTileRows = 64;
 
-// scores[m][r] = query m . key r for kRows keys at a time.
-template <typename K, int kQueries, int kRows>
+// scores[m][r] = query m . key r for kRows keys at a time. Meanwhile kLines lines of 64 bytes from `ahead` on are fetched
+// with each register of columns.
+template <typename K, int kQueries, int kRows, int kLines = 0>
 inline void score_tile(const K* keys, int dim, const float* queries, std::ptrdiff_t query_stride, float* scores,
-                       std::ptrdiff_t score_stride) {
+                       std::ptrdiff_t score_stride, const char* ahead = nullptr) {
   Vec sums[kQueries][kRows];
   STRATAKV_UNROLL
   for (int m = 0; m < kQueries; ++m) {
@@ -22,6 +23,7 @@ inline void score_tile(const K* keys, int dim, const float* queries, std::ptrdif
   }
   int d = 0;
   for (; d + Vec::kWidth <= dim; d += Vec::kWidth) {
+    for (int line = 0; line < kLines; ++line, ahead += 64) __builtin_prefetch(ahead);
     Vec q[kQueries];
     STRATAKV_UNROLL
     for (int m = 0; m < kQueries; ++m) q[m] = Vec::load(queries + m * query_stride + d);

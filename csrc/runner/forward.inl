@@ -103,7 +103,7 @@ class Forwarding {
     if (step_.hook.run != nullptr && n_rows >= step_.hook.from_rows) {
       step_.hook.run(step_.hook.context, which, layer, n_rows);
     } else {
-      linear(matrix, step_.normed, matrix.n_columns, n_rows, to, matrix.n_rows, step_.n_threads);
+      linear({matrix, step_.normed, n_rows, to, step_.n_threads, step_.scratch});
     }
     if (matrix.bias != nullptr) {
       each_row(n_rows, [&](int row) { add(matrix.bias, static_cast<int>(matrix.n_rows), to + row * matrix.n_rows); });
@@ -172,7 +172,8 @@ class Forwarding {
 inline void forward(const Model& model, const Forward& step) { Forwarding(model, step).run(); }
 
 inline std::ptrdiff_t forward_floats(const Model& model, const Forward& step) {
-  std::ptrdiff_t most = 0;
+  const int widest = larger(larger(model.hidden, model.intermediate), model.n_query_heads * model.head_dim);
+  std::ptrdiff_t most = linear_floats(widest, larger(step.n_sequences * step.n_new, step.n_wanted), step.n_threads);
   for (int i = 0; i < model.n_layers; ++i) {
     most = larger(most, attend_floats(Forwarding(model, step).attention_arguments(i)));
   }

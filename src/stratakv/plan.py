@@ -60,27 +60,19 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class ReadPlan:
-    """The rows of all sequences in one group. All sequences hold equally many rows, at the same positions.
-
-    The first `skip` of the rows in the blocks are not for reading (they have left the window).
-    """
+class BlockTable:
+    """The blocks of each sequence, in order. Steps that need no new block share one."""
 
     n_sequences: int
-    n_rows: int
-    skip: int
-    block_tokens: int
     segments: tuple[Segment, ...]
-    runs: tuple[Run, ...]
-    version: int
 
     @cached_property
     def n_blocks(self) -> int:
         """Blocks of each sequence."""
-        return -(-(self.skip + self.n_rows) // self.block_tokens)
+        return sum(segment.count for segment in self.segments) // max(self.n_sequences, 1)
 
     @cached_property
-    def table(self) -> Tensor:
+    def tensor(self) -> Tensor:
         """int32 `[n_sequences, n_blocks, 2]`: (slab, block in the slab) of each block, for kernels."""
         table = torch.empty((self.n_sequences, self.n_blocks, 2), dtype=torch.int32, device="cpu")
         for s in self.segments:
@@ -89,6 +81,41 @@ class ReadPlan:
                 s.first, s.first + s.count, dtype=torch.int32, device="cpu"
             )
         return table
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """The rows of all sequences in one group. All sequences hold equally many rows, at the same positions.
+
+    The first `skip` of the rows in the blocks are not for reading (they have left the window).
+    """
+
+    blocks: BlockTable
+    n_rows: int
+    skip: int
+    block_tokens: int
+    runs: tuple[Run, ...]
+    version: int
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequences."""
+        return self.blocks.n_sequences
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of each sequence."""
+        return self.blocks.n_blocks
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The blocks, as stretches."""
+        return self.blocks.segments
+
+    @property
+    def table(self) -> Tensor:
+        """The blocks, as kernels read them."""
+        return self.blocks.tensor
 
     @cached_property
     def row_positions(self) -> Tensor:

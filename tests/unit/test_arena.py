@@ -10,7 +10,7 @@ from stratakv.blocks.arena import Arena
 from stratakv.blocks.geometry import build_spec, with_block_tokens
 from stratakv.codecs import get_codec
 from stratakv.errors import InvariantError
-from stratakv.plan import ReadPlan, WritePlan
+from stratakv.plan import BlockTable, ReadPlan, WritePlan
 from stratakv.spec import LayerSpec
 
 SPAN = 4
@@ -45,9 +45,8 @@ def write(arena: Arena, member: int, tables: list[list[int]], row: int, new: tup
 
 def read(arena: Arena, member: int, tables: list[list[int]], n_rows: int, skip: int = 0) -> tuple[Tensor, Tensor]:
     segments = [s for i, table in enumerate(tables) for s in arena.segments(i, table)]
-    plan = ReadPlan(
-        len(tables), n_rows, skip, arena.spec.block_tokens, tuple(segments), ((skip, n_rows),), arena.version
-    )
+    blocks = BlockTable(len(tables), tuple(segments))
+    plan = ReadPlan(blocks, n_rows, skip, arena.spec.block_tokens, ((skip, n_rows),), arena.version)
     return arena.read(member, plan, torch.float32)
 
 

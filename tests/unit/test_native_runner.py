@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
 from stratakv.attention.cpu import instruction_sets, is_built
@@ -93,11 +94,11 @@ def fed(runner: NativeRunner, batch: SequenceBatch, tokens: Tensor, cuts: list[i
 def test_logits_equal_those_of_transformers(isa: str, name: str) -> None:
     model = drawn(name)
     runner = NativeRunner(model, dtype=torch.float32, isa=isa)
-    tokens = some_tokens(3, 40)
-    expected = logits_of(model, tokens)
-    for cuts in ([40], [1], [7], [23, 1]):
-        found = fed(runner, runner.new_batch(format="fp32", block_tokens=4), tokens, cuts)
-        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    for n_sequences in (1, 3):
+        tokens = some_tokens(n_sequences, 40)
+        expected = logits_of(model, tokens)
+        for cuts in ([40], [1], [7], [2], [23, 1]):
+            assert_same(fed(runner, runner.new_batch(format="fp32", block_tokens=4), tokens, cuts), expected)
 
 
 @every_isa
@@ -163,6 +164,26 @@ def test_a_window_imposed_on_full_attention_and_its_sinks() -> None:
 
 def assert_same(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_step_makes_no_tensor() -> None:
+    """But for the logits, if they are not given a place, and the table of blocks, when there is a new block."""
+    runner = NativeRunner(tiny_llama())
+    batch = runner.new_batch(block_tokens=16)
+    tokens = some_tokens(2, 17).to(torch.int32)
+    runner.forward(batch, tokens)
+    one, logits = tokens[:, :1].contiguous(), torch.empty(2, 1, VOCABULARY)
+    runner.forward(batch, one, out=logits)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        for _ in range(10):
+            runner.forward(batch, one, out=logits)
+    assert not [event for event in profiled.key_averages() if event.self_cpu_memory_usage > 0]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        for _ in range(10):
+            runner.forward(batch, one, out=logits)
+    assert [event for event in profiled.key_averages() if event.self_cpu_memory_usage > 0], (
+        "a block came in: it is seen"
+    )
 
 
 def test_long_prompts_go_in_several_passes() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stratakv.codecs import Codec
 from stratakv.errors import InvariantError, StateError
-from stratakv.plan import ReadPlan, Segment, WritePlan
+from stratakv.plan import BlockTable, ReadPlan, Segment, WritePlan
 from stratakv.spec import GroupSpec, Member, PageLayout
 
 _Pages = Callable[[Tensor, Member], Tensor]
@@ -196,9 +196,8 @@ class Arena:
         """Copy `rows`, numbered in a table of `old_blocks`, to the rows 0, 1, ... of a table of `new_blocks`."""
         span = self.spec.block_tokens
         n_old = max(rows) + 1
-        reading = ReadPlan(
-            1, n_old, 0, span, tuple(self.segments(0, old_blocks[: -(-n_old // span)])), (), self.version
-        )
+        blocks = BlockTable(1, tuple(self.segments(0, old_blocks[: -(-n_old // span)])))
+        reading = ReadPlan(blocks, n_old, 0, span, (), self.version)
         writing = WritePlan(len(rows), 0, span, (tuple(self.locate(block) for block in new_blocks),), self.version)
         index = torch.tensor(rows)
         for m in range(len(self.spec.members)):

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from torch import Tensor
 
 from stratakv.blocks.memory import Memory
+from stratakv.blocks.plans import Plans, Step
 from stratakv.blocks.sequence import Sequence
 from stratakv.blocks.view import KVPart, KVView
 from stratakv.errors import ConfigurationError, StateError, UnsupportedError
-from stratakv.plan import KeepPlan, ReadPlan, WritePlan, clip_runs, run_length
+from stratakv.plan import KeepPlan, ReadPlan
 from stratakv.policies import RetentionPolicy, Window
 from stratakv.spec import LayerSpec
-
-
-@dataclass(slots=True)
-class Step:
-    """A forward under way: `n_tokens` new rows in every group, written by the layers in `written` so far."""
-
-    n_tokens: int
-    writes: dict[int, WritePlan] = field(default_factory=dict)
-    reads: dict[int, ReadPlan] = field(default_factory=dict)
-    written: set[int] = field(default_factory=set)
 
 
 class Checkpoint:
@@ -64,6 +55,7 @@ class SequenceBatch:
         """While set, rows that leave a window stay until `evict`, so that drafts can be taken back."""
         self._step: Step | None = None
         self._complete: Step | None = None  # the last step, whose views are still in use
+        self._plans = Plans(memory)
 
     @property
     def stored_tokens(self) -> int:
@@ -126,7 +118,7 @@ class SequenceBatch:
             heads = self.memory.spec.groups[g].members[m].heads
             every = len(heads) == keys.shape[1]
             part = (keys, values) if every else (keys[:, heads], values[:, heads])
-            self.memory.arenas[g].write(m, self._write_plan(step, g), *part)
+            self.memory.arenas[g].write(m, self._plans.write(self.sequences, step, g), *part)
         step.written.add(layer)
         if len(step.written) == len(self.memory.spec.layers):
             self._commit(step)
@@ -141,7 +133,7 @@ class SequenceBatch:
         if step is None:
             raise StateError("no step is open")
         seen = self.seen_tokens + step.n_tokens
-        return [self._read_plan(step, g, seen) for g in range(len(self.memory.arenas))]
+        return [self._plans.read(self.sequences, step, g, seen) for g in range(len(self.memory.arenas))]
 
     def complete(self) -> None:
         """For a runner that writes by itself: every layer has written its rows of the open step."""
@@ -170,7 +162,7 @@ class SequenceBatch:
         parts = []
         for g, m in spec.locations[layer]:
             group = spec.groups[g]
-            plan = self._read_plan(step, g, seen)
+            plan = self._plans.read(self.sequences, step, g, seen)
             retention = group.retention if group.imposed else None
             parts.append(KVPart(group.members[m].heads, self.memory.arenas[g], m, plan, retention))
         shape = spec.layers_by_index[layer]
@@ -313,53 +305,5 @@ class SequenceBatch:
                 f"{expected[0]} and {expected[1]} (sequences, KV heads, tokens, head dim)"
             )
 
-    def _write_plan(self, step: Step, group: int) -> WritePlan:
-        arena = self.memory.arenas[group]
-        plan = step.writes.get(group)
-        if plan is None or plan.version != arena.version:
-            row = self.sequences[0].tables[group].n_rows - step.n_tokens
-            first = row // arena.spec.block_tokens
-            tables = tuple(
-                tuple(arena.locate(block) for block in sequence.tables[group].block_ids[first:])
-                for sequence in self.sequences
-            )
-            plan = WritePlan(step.n_tokens, row, arena.spec.block_tokens, tables, arena.version)
-            step.writes[group] = plan
-        return plan
-
-    def _read_plan(self, step: Step | None, group: int, seen_tokens: int) -> ReadPlan:
-        """The rows of a group's first `seen_tokens` tokens that a query of `step` (all, without one) may see."""
-        arena = self.memory.arenas[group]
-        plan = step.reads.get(group) if step else None
-        if plan is not None and plan.version == arena.version:
-            return plan
-        retention = arena.spec.retention
-        stored = self.sequences[0].tables[group].runs if self.sequences else ()
-        runs = clip_runs(stored, 0, seen_tokens)
-        n_stored = n_rows = run_length(runs)
-        if retention.window is not None and not retention.sinks:
-            n_rows = min(n_rows, retention.window - 1 + (step.n_tokens if step else 0))
-        skip = n_stored - n_rows
-        segments = tuple(
-            segment
-            for b, sequence in enumerate(self.sequences)
-            for segment in arena.segments(b, sequence.tables[group].block_ids[: arena.spec.blocks_for(n_stored)])
-        )
-        runs = _without_first(runs, skip)
-        plan = ReadPlan(len(self.sequences), n_rows, skip, arena.spec.block_tokens, segments, runs, arena.version)
-        if step is not None:
-            step.reads[group] = plan
-        return plan
-
 
 _OWN_WINDOW = Window(1)  # `keep` reads the window from the group's retention, not from the policy
-
-
-def _without_first(runs: tuple[tuple[int, int], ...], skip: int) -> tuple[tuple[int, int], ...]:
-    left = []
-    for first, count in runs:
-        drop = min(skip, count)
-        skip -= drop
-        if count > drop:
-            left.append((first + drop, count - drop))
-    return tuple(left)

@@ -45,14 +45,16 @@ class Binding:
         self._room: dict[str, Tensor] = {}
         self._decoder = self._make(isa)
 
-    def run(self, batch: SequenceBatch, tokens: Tensor, start: int, stop: int, wanted: Tensor, logits: Tensor) -> None:
+    def run(
+        self, batch: SequenceBatch, tokens: Tensor, start: int, stop: int, wanted: array[int], logits: Tensor
+    ) -> None:
         """Feed new tokens `[start, stop)` of the batch's open step.
 
         Args:
             batch: a batch over `memory`, whose step has begun.
             tokens: int32 `[n_sequences, n_new]`, all of the step.
             start, stop: which of them.
-            wanted: int32, rows (sequence, token) of this pass whose logits are written, rising.
+            wanted: ints, rows (sequence, token) of this pass whose logits are written, rising.
             logits: fp32 `[len(wanted), vocabulary]`.
         """
         n_sequences, n_new = tokens.shape
@@ -62,7 +64,7 @@ class Binding:
         self._make_room(n_sequences * (stop - start), n_sequences * self._architecture.n_query_heads * (stop - start))
         positions = array("i", [seen + start]) * n_sequences
         fed = tokens[:, start:stop].contiguous()
-        self._of_step = [positions, fed]
+        self._of_step = [positions, fed, wanted]
         for g, (plan, group) in enumerate(zip(batch.plans(), self.memory.spec.groups, strict=True)):
             first = plan.runs[0][0] - plan.skip
             n_rows = plan.skip + plan.n_rows - (n_new - stop)
@@ -84,7 +86,7 @@ class Binding:
             positions.buffer_info()[0],
             n_sequences,
             stop - start,
-            wanted.data_ptr(),
+            wanted.buffer_info()[0],
             len(wanted),
             logits.data_ptr(),
             torch.get_num_threads(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import torch
@@ -98,14 +99,12 @@ class NativeRunner:
         (n_sequences, n_new), n = tokens.shape, stop - start
         if every:
             logits = out if n == n_new else _floats(n_sequences, n, out.shape[2])
-            binding.run(
-                batch, tokens, start, stop, torch.arange(n_sequences * n, dtype=torch.int32, device="cpu"), logits
-            )
+            binding.run(batch, tokens, start, stop, array("i", range(n_sequences * n)), logits)
             if logits is not out:
                 out[:, start:stop] = logits
         else:
-            last = [n * (s + 1) - 1 for s in range(n_sequences)] if stop == n_new else []
-            binding.run(batch, tokens, start, stop, torch.tensor(last, dtype=torch.int32, device="cpu"), out)
+            last = range(n - 1, n_sequences * n, n) if stop == n_new else ()
+            binding.run(batch, tokens, start, stop, array("i", last), out)
 
     def _bind(self, batch: SequenceBatch) -> Binding:
         if self._binding is None or self._binding.memory is not batch.memory:
@@ -119,7 +118,8 @@ class NativeRunner:
             raise ConfigurationError(
                 f"tokens are integers [n_sequences, n_new], got {tokens.dtype} {tuple(tokens.shape)}"
             )
-        low, high = (int(x) for x in tokens.aminmax())
+        ids = tokens.flatten().tolist()  # no tensor is made for a step
+        low, high = min(ids), max(ids)
         if low < 0 or high >= self.architecture.vocabulary:
             raise ConfigurationError(f"token ids go from 0 to {self.architecture.vocabulary - 1}, got {low} to {high}")
         return tokens.to(torch.int32).contiguous()
