@@ -26,6 +26,7 @@ from stratakv.bench.samples import seconds_of
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
+from stratakv.blocks.ram import zeros
 from stratakv.blocks.view import KVView
 from stratakv.errors import ConfigurationError
 from stratakv.models import Progress, SilentProgress
@@ -188,7 +189,7 @@ def _measure(
     grouped = query.view(1, shape.n_kv_heads, -1, shape.head_dim)
     options = AttentionOptions(shape.head_dim**-0.5)
     plain = [(keys.clone(), values.clone()) for keys, values in (view.gather(dtype) for view in views)]
-    words = torch.ones(max(working_set, bytes_read * n_views) // 8, dtype=torch.int64)
+    words = zeros(max(working_set, bytes_read * n_views) // 8 * 8).view(torch.int64).fill_(1)
 
     def paged(view: KVView) -> Tensor:
         return backend.run(query, view, options)[0]

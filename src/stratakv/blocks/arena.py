@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from stratakv.blocks.ram import LEAST_BYTES, zeros
 from stratakv.codecs import Codec
 from stratakv.errors import InvariantError, StateError
 from stratakv.plan import BlockTable, ReadPlan, Segment, WritePlan
@@ -56,8 +57,7 @@ class Arena:
     def grow(self, n_blocks: int) -> None:
         """Add a slab of `n_blocks` blocks."""
         self._addresses.clear()
-        members = [self._zeros(n_blocks, member) for member in self.spec.members]
-        self.slabs.append(Slab(self.n_blocks, n_blocks, members))
+        self.slabs.append(Slab(self.n_blocks, n_blocks, self._new_members(n_blocks)))
 
     def shrink(self, n_blocks: int) -> int:
         """Give back the last slabs that lie wholly behind block `n_blocks`; returns the number of blocks left."""
@@ -245,8 +245,17 @@ class Arena:
         self._addresses.clear()
         self.version += 1
 
+    def _new_members(self, n_blocks: int) -> list[Tensor]:
+        """The members' bytes for a slab; side by side in RAM where that makes them long enough for large pages."""
+        sizes = [n_blocks * member.nbytes for member in self.spec.members]
+        if self.device.type != "cpu" or max(sizes) >= LEAST_BYTES or sum(sizes) < LEAST_BYTES:
+            return [self._zeros(n_blocks, member) for member in self.spec.members]
+        return [part.view(n_blocks, -1) for part in zeros(sum(sizes)).split(sizes)]
+
     def _zeros(self, n_blocks: int, member: Member) -> Tensor:
         # Zeros, not empty: the system hands out zeroed memory lazily anyway, and a page never holds another's data.
+        if self.device.type == "cpu":
+            return zeros(n_blocks * member.nbytes).view(n_blocks, member.nbytes)
         return torch.zeros((n_blocks, member.nbytes), dtype=torch.uint8, device=self.device)
 
     def _in_place(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stratakv.blocks.ram import zeros
 from stratakv.models.native.architecture import Architecture
 
 _ALIGNMENT = 64  # bytes of a cache line
@@ -69,7 +68,7 @@ class _Copy:
     def __init__(self, model: Any, architecture: Architecture, dtype: torch.dtype) -> None:
         self._model, self._architecture, self._dtype = model, architecture, dtype
         self._is_tied = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-        self._room = _huge_pages(sum(_padded(n * dtype.itemsize) for n in self._sizes()))
+        self._room = zeros(sum(_padded(n * dtype.itemsize) for n in self._sizes()))
         self._used = 0
 
     def weights(self) -> Weights:
@@ -134,12 +133,3 @@ class _Copy:
 
 def _padded(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _huge_pages(nbytes: int) -> Tensor:
-    """uint8 `[nbytes]` in large pages where the system has them: fewer look-ups of addresses while all is read."""
-    memory = mmap.mmap(-1, max(nbytes, 1))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
