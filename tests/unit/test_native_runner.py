@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -164,6 +165,19 @@ def test_a_window_imposed_on_full_attention_and_its_sinks() -> None:
 
 def assert_same(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_threads_that_share_a_runner_take_turns() -> None:
+    model = tiny_gemma3(window=9)
+    runner = NativeRunner(model, dtype=torch.float32)
+    texts = [some_tokens(1 + i, 40, seed=i) for i in range(4)]
+
+    def run(tokens: Tensor) -> Tensor:
+        return fed(runner, runner.new_batch(format="fp32", block_tokens=4), tokens, [3, 1])
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        for tokens, found in zip(texts, pool.map(run, texts), strict=True):
+            assert_same(found, logits_of(model, tokens))
 
 
 def test_a_step_makes_no_tensor() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from threading import Lock
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ MOST_ROWS = 512
 
 
 class NativeRunner:
-    """Runs one model over caches of its own shape.
+    """Runs one model over caches of its own shape. Threads may share it, and take turns then.
 
     Args:
         model: one of transformers' models, of a class in `architecture.FAMILIES`. Its weights are copied.
@@ -44,6 +45,7 @@ class NativeRunner:
         self.weights = Weights.of(model, self.architecture, dtype)
         self._rotations = Rotations(model.model.rotary_emb, self.architecture.layer_types)
         self._binding: Binding | None = None
+        self._lock = Lock()
 
     def new_batch(
         self, *, format: str = "fp16", block_tokens: int = 64, policy: RetentionPolicy | None = None
@@ -79,6 +81,13 @@ class NativeRunner:
             out = _floats(*shape)
         elif out.shape != shape or out.dtype != torch.float32 or out.device.type != "cpu" or not out.is_contiguous():
             raise ConfigurationError(f"logits go into dense fp32 {shape} in RAM, not {out.dtype} {tuple(out.shape)}")
+        with self._lock:  # the decoder has room for one forward
+            self._feed(batch, tokens, out, every=every)
+        return out
+
+    def _feed(self, batch: SequenceBatch, tokens: Tensor, out: Tensor, *, every: bool) -> None:
+        """A step of `batch`, or nothing."""
+        n_sequences, n_new = tokens.shape
         binding = self._bind(batch)
         batch.begin(n_sequences, n_new)
         try:
@@ -90,7 +99,6 @@ class NativeRunner:
             batch.abort()
             raise
         batch.complete()
-        return out
 
     def _pass(
         self, binding: Binding, batch: SequenceBatch, tokens: Tensor, start: int, stop: int, out: Tensor, *, every: bool
