@@ -47,7 +47,7 @@ SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-
 
 sanitize: .venv-sanitize/.stamp-setup
 	$(SANITIZED) -c "from stratakv.attention.cpu import is_built; assert is_built(), 'the extension was not built'"
-	$(SANITIZED) -m pytest -n $(PYTEST_WORKERS) $(wildcard tests/unit/test_cpu_*.py)
+	$(SANITIZED) -m pytest -n $(PYTEST_WORKERS) $(wildcard tests/unit/test_cpu_*.py) tests/unit/test_native_runner.py
 
 # All packages but this one are those of the ordinary venv, which stays as it is.
 PACKAGES = -c "import sysconfig; print(sysconfig.get_path('purelib'))"
