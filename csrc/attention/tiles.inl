@@ -35,11 +35,14 @@ inline void score_tile(const K* keys, int dim, const float* queries, std::ptrdif
     }
   }
   if (d < dim) {
+    Vec q[kQueries];  // what lies behind the last column may be anything, also no number
+    STRATAKV_UNROLL
+    for (int m = 0; m < kQueries; ++m) q[m] = Vec::load_some(queries + m * query_stride + d, dim - d);
     STRATAKV_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const Vec k = Vec::load_some(keys + std::ptrdiff_t{r} * dim + d, dim - d);
       STRATAKV_UNROLL
-      for (int m = 0; m < kQueries; ++m) sums[m][r] = Vec::fma(Vec::load(queries + m * query_stride + d), k, sums[m][r]);
+      for (int m = 0; m < kQueries; ++m) sums[m][r] = Vec::fma(q[m], k, sums[m][r]);
     }
   }
   STRATAKV_UNROLL
