@@ -88,8 +88,9 @@ def fed(runner: NativeRunner, batch: SequenceBatch, tokens: Tensor, cuts: list[i
     while start < tokens.shape[1]:
         n = cuts[min(len(found), len(cuts) - 1)]
         if runner._binding is not None:
-            for room in runner._binding._room.values():
-                room.fill_(torch.nan)
+            with torch.inference_mode():
+                for room in runner._binding._room.values():
+                    room.fill_(torch.nan)
         found.append(runner.forward(batch, tokens[:, start : start + n], every=True))
         batch.memory.check()
         start += n
