@@ -53,7 +53,12 @@ def load_kernels(isa: str | None = None) -> tuple[Any, str]:
 
 
 def read_all(words: Tensor) -> int:
-    """The sum of all of `words`, int64 `[n]` in RAM, by as many threads as attention takes: a measure of bandwidth."""
+    """The sum of all of `words`, int64 `[n]` in RAM, by as many threads as attention takes: a measure of bandwidth.
+
+    Without the extension torch reads them.
+    """
+    if _kernels is None:
+        return int(words.sum())
     return int(_kernels.read_all(words.data_ptr(), words.numel(), torch.get_num_threads()))
 
 
