@@ -65,15 +65,6 @@ struct Rotation {
   std::int32_t pairs;
 };
 
-// A matrix product done elsewhere, for as many rows as `from_rows` or more: y = x W^T, without the bias.
-enum class Product : std::int32_t { kQkv = 0, kOutput = 1, kGateUp = 2, kDown = 3, kHead = 4 };
-
-struct ProductHook {
-  void (*run)(void* context, Product product, int layer, int n_rows);  // null: none
-  void* context;
-  std::int32_t from_rows;
-};
-
 struct Forward {
   const std::int32_t* tokens;     // [n_sequences, n_new]
   const std::int32_t* positions;  // [n_sequences]: of the first new token
@@ -82,7 +73,6 @@ struct Forward {
   const GroupRows* groups;
   const std::int64_t* const* slabs;  // [n_layers]: addresses of the slabs' bytes of the layer
   const Rotation* rotations;
-  ProductHook hook;
   // Room, for n_sequences * n_new rows.
   float* stream;     // [rows, hidden]
   float* normed;     // [rows, max(hidden, n_query_heads * head_dim, intermediate)]: what goes into a product

@@ -82,11 +82,6 @@ class Decoder {
     step_.lse = reinterpret_cast<float*>(lse);
   }
 
-  void set_hook(nb::callable hook, int from_rows) {
-    hook_ = hook;
-    step_.hook = {&Decoder::call_hook, this, from_rows};
-  }
-
   void forward(std::intptr_t tokens, std::intptr_t positions, int n_sequences, int n_new, std::intptr_t wanted, int n_wanted,
                std::intptr_t logits, int n_threads, std::int64_t prompt_queries) {
     model_.layers = layers_.data();
@@ -111,11 +106,6 @@ class Decoder {
   }
 
  private:
-  static void call_hook(void* context, Product product, int layer, int n_rows) {
-    nb::gil_scoped_acquire acquire;
-    static_cast<Decoder*>(context)->hook_(static_cast<int>(product), layer, n_rows);
-  }
-
   const Kernels* kernels_;
   Model model_{};
   Forward step_{};
@@ -124,7 +114,6 @@ class Decoder {
   std::vector<GroupRows> groups_;
   std::vector<Rotation> rotations_;
   std::vector<float> scratch_;
-  nb::object hook_;
 };
 
 }  // namespace
@@ -148,7 +137,6 @@ void bind_runner(nb::module_& m) {
       .def("set_group", &Decoder::set_group)
       .def("set_rotation", &Decoder::set_rotation)
       .def("set_room", &Decoder::set_room)
-      .def("set_hook", &Decoder::set_hook)
       .def("forward", &Decoder::forward);
 }
 

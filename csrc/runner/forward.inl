@@ -36,7 +36,7 @@ class Forwarding {
       rms_norm(step_.stream + std::ptrdiff_t{step_.wanted[i]} * model_.hidden, model_.norm, model_.hidden, model_.norm_epsilon,
                normed(i, model_.hidden));
     });
-    product(Product::kHead, 0, model_.head, step_.n_wanted, step_.logits);
+    product(model_.head, step_.n_wanted, step_.logits);
     if (model_.logit_softcap > 0) each_row(step_.n_wanted, [&](int i) { cap(step_.logits + i * model_.head.n_rows); });
   }
 
@@ -99,12 +99,8 @@ class Forwarding {
   }
 
   // From `normed` into `to`.
-  void product(Product which, int layer, const Matrix& matrix, int n_rows, float* to) const {
-    if (step_.hook.run != nullptr && n_rows >= step_.hook.from_rows) {
-      step_.hook.run(step_.hook.context, which, layer, n_rows);
-    } else {
-      linear({matrix, step_.normed, n_rows, to, step_.n_threads, step_.scratch});
-    }
+  void product(const Matrix& matrix, int n_rows, float* to) const {
+    linear({matrix, step_.normed, n_rows, to, step_.n_threads, step_.scratch});
     if (matrix.bias != nullptr) {
       each_row(n_rows, [&](int row) { add(matrix.bias, static_cast<int>(matrix.n_rows), to + row * matrix.n_rows); });
     }
@@ -113,11 +109,11 @@ class Forwarding {
   void attend(int index) const {
     const Layer& layer = model_.layers[index];
     each_row([&](int row) { rms_norm(stream(row), layer.attention_norm, model_.hidden, model_.norm_epsilon, normed(row, model_.hidden)); });
-    product(Product::kQkv, index, layer.qkv, n_rows_, step_.produced);
+    product(layer.qkv, n_rows_, step_.produced);
     const AttentionArguments arguments = attention_arguments(index);
     each_row([&](int row) { store(layer, arguments, row); });
     STRATAKV_ISA::attend(arguments);
-    product(Product::kOutput, index, layer.output, n_rows_, step_.produced);
+    product(layer.output, n_rows_, step_.produced);
     each_row([&](int row) { add_to_stream(layer.after_attention_norm, row); });
   }
 
@@ -143,12 +139,12 @@ class Forwarding {
     const Layer& layer = model_.layers[index];
     const int n = model_.intermediate;
     each_row([&](int row) { rms_norm(stream(row), layer.mlp_norm, model_.hidden, model_.norm_epsilon, normed(row, model_.hidden)); });
-    product(Product::kGateUp, index, layer.gate_up, n_rows_, step_.produced);
+    product(layer.gate_up, n_rows_, step_.produced);
     each_row([&](int row) {
       const float* gates = produced(row, 2 * std::ptrdiff_t{n});
       gate(model_.activation, gates, gates + n, n, normed(row, n));
     });
-    product(Product::kDown, index, layer.down, n_rows_, step_.produced);
+    product(layer.down, n_rows_, step_.produced);
     each_row([&](int row) { add_to_stream(layer.after_mlp_norm, row); });
   }
 

@@ -63,18 +63,19 @@ class Subject(ABC):
     def prefill_seconds(self, tokens: Tensor) -> tuple[float, Tensor]:
         """Feed a prompt from the start: seconds, and the next tokens."""
         self.start()
-        found: list[Tensor] = []
-        return seconds_of(lambda: found.append(self.feed(tokens))), found[0]
+        return self._timed(tokens)
 
     def decode_seconds(self, next_tokens: Tensor, n_steps: int) -> tuple[list[float], Tensor]:
         """Go on for `n_steps`: seconds of each step, and the next tokens."""
         seconds = []
         for _ in range(n_steps):
-            found: list[Tensor] = []
-            fed = next_tokens
-            seconds.append(seconds_of(lambda fed=fed, found=found: found.append(self.feed(fed))))  # type: ignore[misc]
-            next_tokens = found[0]
+            step, next_tokens = self._timed(next_tokens)
+            seconds.append(step)
         return seconds, next_tokens
+
+    def _timed(self, tokens: Tensor) -> tuple[float, Tensor]:
+        found: list[Tensor] = []
+        return seconds_of(lambda: found.append(self.feed(tokens))), found[0]
 
 
 class NativeSubject(Subject):
