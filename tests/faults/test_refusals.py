@@ -101,7 +101,7 @@ def test_a_compaction_cannot_promise_to_be_exact_below_what_it_dropped() -> None
 
 def test_what_is_no_policy_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="RetentionPolicy"):
-        KVCache.for_model(model_for("attached", tiny_llama), policy="window")  # type: ignore[arg-type]
+        KVCache.for_model(model_for("attached", tiny_llama), policy="window")  # type: ignore[arg-type]  # on purpose
 
 
 # Gradients, dtypes, models

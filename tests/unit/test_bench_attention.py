@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from rich.console import Console
@@ -28,7 +31,7 @@ def test_a_run_has_the_documented_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         assert point.bytes_read == point.n_tokens * 2 * 2 * 8 * (2 if point.format == "fp16" else 4)
         assert point.n_views * point.bytes_read >= attention.CACHES << 16
         assert 0 < point.paged.smallest <= point.paged.median <= point.paged.largest
-    with open("/dev/null", "w") as nowhere:  # noqa: PTH123
+    with Path(os.devnull).open("w") as nowhere:
         console = Console(width=200, record=True, file=nowhere)
         console.print(attention_table(report))
     assert "fp16" in console.export_text()

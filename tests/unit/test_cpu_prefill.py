@@ -127,7 +127,7 @@ def test_slopes_are_a_bias_that_the_kernel_makes(
 ) -> None:
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
 
-    class Sloped(cpu._kernels.Step):  # type: ignore[misc]
+    class Sloped(cpu._kernels.Step):  # type: ignore[misc]  # the module is looked up by name
         def set_rules(self, *rules: Any) -> None:
             super().set_rules(*rules[:5], slopes.data_ptr(), rules[6])
 
@@ -218,7 +218,7 @@ def test_the_kernel_depends_on_the_queries_of_a_head_and_a_thread(
 ) -> None:
     called = []
 
-    class Recording(cpu._kernels.Step):  # type: ignore[misc]
+    class Recording(cpu._kernels.Step):  # type: ignore[misc]  # the module is looked up by name
         def run(self, *arguments: Any) -> None:
             called.append("prefill" if self.is_prompt() else "decode")
 
