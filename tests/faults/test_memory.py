@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import mmap
 from typing import Any
 
 import pytest
@@ -80,6 +81,38 @@ def test_paged_memory_follows_what_is_stored_closely() -> None:
     memory, held = grown("paged", 4096, 64)
     for step, n_bytes in enumerate(held, start=1):
         assert n_bytes <= 1.25 * step * 64 * 2 * memory.spec.bytes_per_token()
+
+
+@pytest.mark.parametrize(("layout", "capacity"), [("paged", None), ("growing", None), ("contiguous", 1 << 20)])
+@pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), OverflowError()])
+def test_memory_that_the_system_refuses_changes_nothing(
+    layout: str, capacity: int | None, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = build_spec([LayerSpec(0, 8, 64, 64)], k_format="fp32", v_format="fp32", layout=layout, capacity=capacity)
+    memory = Memory(spec, device=torch.device("cpu"))
+    batch = SequenceBatch(memory)
+    rows = torch.ones(1, 8, 7, 64)
+    if capacity is None:
+        batch.begin(1, 7)
+        batch.write(0, rows, rows)
+    held, used, real = memory.nbytes, 0, mmap.mmap
+
+    def some_then_none(*args: Any, **options: Any) -> mmap.mmap:
+        nonlocal used
+        used += 1
+        if used > 1 or layout != "paged":
+            raise error
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", some_then_none)
+        with pytest.raises(CapacityError, match="nothing was changed"):
+            batch.begin(1, 1 << 20)
+    memory.check()
+    assert memory.nbytes == held
+    batch.begin(1, 7)
+    batch.write(0, rows, rows)
+    memory.check()
 
 
 # 42. One context, several continuations

@@ -88,6 +88,24 @@ def test_shrinking_removes_free_blocks_and_refuses_held_ones() -> None:
     assert pool.alloc(2) == [0, 1]
 
 
+def test_holders_move_to_free_blocks_and_nothing_else_moves() -> None:
+    pool = BlockPool()
+    pool.grow(6)
+    held = pool.alloc(4)
+    pool.retain([3])
+    pool.release([0, 1])
+    assert pool.lowest_free(3) == [0, 1, 4]
+    pool.relocate({3: 0, 2: 1})
+    assert [pool.references(block) for block in range(6)] == [2, 1, 0, 0, 0, 0]
+    pool.check([[0, 1], [0]])
+    for moves in ({2: 3}, {0: 1}, {0: 4, 1: 4}, {0: 9}):
+        with pytest.raises(InvariantError):
+            pool.relocate(moves)
+    pool.check([[0, 1], [0]])
+    assert pool.alloc(4) == [2, 3, 4, 5]
+    assert held == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("live", "cached"),
     [([], []), ([[0, 1], [1]], []), ([[0]], []), ([[0, 1, 2]], []), ([[0, 1, 7]], []), ([[0, -1]], []), ([[0]], [[0]])],

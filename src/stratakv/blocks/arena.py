@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from stratakv.blocks.ram import LEAST_BYTES, zeros
+from stratakv.blocks.ram import LEAST_BYTES, zeros, zeros_on
 from stratakv.codecs import Codec
 from stratakv.errors import InvariantError, StateError
 from stratakv.plan import BlockTable, ReadPlan, Segment, WritePlan
@@ -40,7 +40,7 @@ class Arena:
         self.device = device
         self.slabs: list[Slab] = []
         self.bytes_copied = 0  # by growth; copies on write and compactions are not growth
-        self._addresses: dict[int, Tensor] = {}
+        self._addresses: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self.version = 0
         """Rises when blocks move, change in size or lose their memory."""
 
@@ -56,8 +56,8 @@ class Arena:
 
     def grow(self, n_blocks: int) -> None:
         """Add a slab of `n_blocks` blocks."""
-        self._addresses.clear()
         self.slabs.append(Slab(self.n_blocks, n_blocks, self._new_members(n_blocks)))
+        self._addresses = {}
 
     def shrink(self, n_blocks: int) -> int:
         """Give back the last slabs that lie wholly behind block `n_blocks`; returns the number of blocks left."""
@@ -86,8 +86,10 @@ class Arena:
     def enlarge(self, spec: GroupSpec, slabs: list[Slab]) -> None:
         """Take on `spec`, which differs in having more rows in a block, and copy all rows into `slabs`.
 
-        Members are copied one after the other: at the peak the old and the new bytes of one member live together.
+        Members are copied one after the other, and what was copied is let go: at the peak the old and the new bytes of
+        one member live together, or of all members where they are so small that they share memory.
         """
+        self._moved()  # first, since addresses hold slabs
         for old_slab, new_slab in zip(self.slabs, slabs, strict=True):
             for m, (old, new) in enumerate(zip(self.spec.members, spec.members, strict=True)):
                 source, target = old_slab.members[m], new_slab.members[m]
@@ -96,7 +98,6 @@ class Arena:
                 self.bytes_copied += source.numel()
                 old_slab.members[m] = torch.empty(0, dtype=torch.uint8)
         self.slabs, self.spec = slabs, spec
-        self._moved()
 
     def locate(self, block: int) -> tuple[int, int]:
         """(slab, block within the slab) of a block id."""
@@ -173,12 +174,18 @@ class Arena:
             tensors.append(view[:, :, plan.skip : plan.skip + plan.n_rows])
         return tensors[0], tensors[1]
 
-    def addresses(self, member: int) -> Tensor:
-        """int64 `[n_slabs]`: where the bytes of one member lie, slab by slab. For kernels that read pages in place."""
-        if member not in self._addresses:
-            found = [slab.members[member].data_ptr() for slab in self.slabs]
-            self._addresses[member] = torch.tensor(found, dtype=torch.int64, device="cpu")
-        return self._addresses[member]
+    def addresses(self, member: int) -> tuple[Tensor, list[Tensor]]:
+        """Where the bytes of one member lie, for kernels that read pages in place.
+
+        Returns:
+            int64 `[n_slabs]`, the addresses; and the slabs' tensors, to be held as long as the addresses are used.
+        """
+        known = self._addresses
+        if member not in known:
+            slabs = [slab.members[member] for slab in self.slabs]
+            at = [slab.data_ptr() for slab in slabs]
+            known[member] = torch.tensor(at, dtype=torch.int64, device="cpu"), slabs
+        return known[member]
 
     def relocate(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy whole blocks whose ids change: (old id, new id)."""
@@ -242,7 +249,7 @@ class Arena:
             raise StateError("blocks moved since this view was made; a view is good for one step of its cache")
 
     def _moved(self) -> None:
-        self._addresses.clear()
+        self._addresses = {}
         self.version += 1
 
     def _new_members(self, n_blocks: int) -> list[Tensor]:
@@ -254,9 +261,9 @@ class Arena:
 
     def _zeros(self, n_blocks: int, member: Member) -> Tensor:
         # Zeros, not empty: the system hands out zeroed memory lazily anyway, and a page never holds another's data.
-        if self.device.type == "cpu":
-            return zeros(n_blocks * member.nbytes).view(n_blocks, member.nbytes)
-        return torch.zeros((n_blocks, member.nbytes), dtype=torch.uint8, device=self.device)
+        nbytes = n_blocks * member.nbytes
+        found = zeros(nbytes) if self.device.type == "cpu" else zeros_on(self.device, nbytes)
+        return found.view(n_blocks, member.nbytes)
 
     def _in_place(
         self, plan: ReadPlan, member: int, pages_of: _Pages, codec: Codec, is_key: bool, dtype: torch.dtype

@@ -144,9 +144,12 @@ class SequenceBatch:
         self._commit(step)
 
     def abort(self) -> None:
-        """Undo the open step."""
+        """Undo the open step. An empty cache forgets how many sequences it was to have."""
         self._step = None
-        self.memory.truncate(self.sequences, self.seen_tokens)
+        if self.seen_tokens:
+            self.memory.truncate(self.sequences, self.seen_tokens)
+        else:
+            self.reset()
 
     def layer_length(self, layer: int) -> int:
         """Tokens that `layer` has seen: those of an open step count once the layer has written them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter, deque
 from collections.abc import Sequence as Seq
+from contextlib import ExitStack
 
 import torch
 
@@ -144,11 +145,17 @@ class Memory:
             wanted[g] += change.n_new
             planned.append((sequence, g, plan, change))
         self._reserve(wanted)
-        for sequence, g, plan, change in planned:
-            new_blocks = self.ledger.pools[g].alloc(change.n_new)
-            if new_blocks:
-                self.arenas[g].move_rows(change.rows, sequence.tables[g].block_ids, new_blocks)
-            freed = sequence.compact(g, plan, change, new_blocks)
+        with ExitStack() as undo:
+            new_blocks = []
+            for sequence, g, _, change in planned:
+                blocks = self.ledger.pools[g].alloc(change.n_new)
+                undo.callback(self.ledger.pools[g].release, blocks)
+                new_blocks.append(blocks)
+                if blocks:
+                    self.arenas[g].move_rows(change.rows, sequence.tables[g].block_ids, blocks)
+            undo.pop_all()  # nothing can fail from here on
+        for (sequence, g, plan, change), blocks in zip(planned, new_blocks, strict=True):
+            freed = sequence.compact(g, plan, change, blocks)
             self._freed([freed if each == g else [] for each in range(len(self.arenas))])
         self.settle()
 
@@ -254,7 +261,7 @@ class Memory:
         self.budget.check(added)
         try:
             slabs = [arena.enlarged_slabs(group) for arena, group in zip(self.arenas, larger.groups, strict=True)]
-        except (MemoryError, RuntimeError) as error:
+        except MemoryError as error:
             raise CapacityError(f"the system has no {added:,} bytes more for the cache; nothing was changed") from error
         self._adopt_spec(larger)
         for arena, group, new_slabs in zip(self.arenas, larger.groups, slabs, strict=True):
@@ -288,9 +295,11 @@ class Memory:
                 for part in (min(SLAB_BLOCKS, n - done) for done in range(0, n, SLAB_BLOCKS)):
                     arena.grow(part)
                     grown.append(arena)
-        except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as RuntimeError
+        except BaseException as error:
             for arena in grown:
                 arena.shrink(arena.slabs[-1].first)
+            if not isinstance(error, MemoryError):
+                raise
             raise CapacityError(
                 f"the system has no {needed:,} bytes more for the cache; nothing was changed"
             ) from error
@@ -334,8 +343,10 @@ class Memory:
         """Let the lowest free blocks take the place of `blocks`, in the tables of all `sequences` there are."""
         if not blocks:
             return
-        moved = self.ledger.pools[group].relocate(blocks)
-        self.arenas[group].relocate(moved.items())
+        pool = self.ledger.pools[group]
+        moved = dict(zip(blocks, pool.lowest_free(len(blocks)), strict=True))
+        self.arenas[group].relocate(moved.items())  # first what can fail
+        pool.relocate(moved)
         for sequence in sequences:
             table = sequence.tables[group]
             table.block_ids[:] = [moved.get(block, block) for block in table.block_ids]

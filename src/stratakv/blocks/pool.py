@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from stratakv.errors import CapacityError, InvariantError
@@ -103,18 +103,24 @@ class BlockPool:
                 freed.append(block)
         return freed
 
-    def relocate(self, blocks: Sequence[int]) -> dict[int, int]:
-        """Let the lowest free blocks take over the holders of `blocks`; returns which became which.
+    def lowest_free(self, n_blocks: int) -> list[int]:
+        """The `n_blocks` blocks that `alloc` would hand out next, or all that are free."""
+        return heapq.nsmallest(n_blocks, self._free)
+
+    def relocate(self, moves: Mapping[int, int]) -> None:
+        """Let free blocks take over the holders of others: new id by old.
 
         Raises:
-            CapacityError: fewer are free; nothing was changed.
+            InvariantError: an old block is not held, or a new one not free; nothing was changed.
         """
-        targets = self.alloc(len(blocks))
-        for source, target in zip(blocks, targets, strict=True):
+        targets = set(moves.values())
+        if not all(map(self._is_held, moves)) or len(targets) < len(moves) or not targets <= set(self._free):
+            raise InvariantError(f"held blocks move to free ones, got {dict(moves)}")
+        for source, target in moves.items():
             self._references[target] = self._references[source]
             self._references[source] = 0
-            heapq.heappush(self._free, source)
-        return dict(zip(blocks, targets, strict=True))
+        self._free = [block for block in self._free if block not in targets] + list(moves)
+        heapq.heapify(self._free)
 
     def references(self, block: int) -> int:
         """How many holders `block` has."""
