@@ -50,7 +50,7 @@ float* scratch(std::ptrdiff_t n_floats) {
 // Numbers from one sequence, head and token to the next.
 using Strides = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 
-// One call, whose arguments are set in groups. Not to be shared by threads.
+// One call, whose arguments are set in groups. Once they are set, threads may run it side by side.
 class Step {
  public:
   explicit Step(const std::string& isa) : kernels_(&stratakv::kernels_of(isa.c_str())) {}
@@ -119,6 +119,7 @@ class Step {
 }  // namespace
 
 NB_MODULE(_kernels, m) {
+  nb::set_leak_warnings(false);  // backends that live in modules keep their last step until the process ends
   m.def("supported_isas", &supported_isas, "Instruction sets that are compiled in and that this processor has, best first.");
   m.def(
       "read_all",

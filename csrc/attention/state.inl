@@ -72,7 +72,7 @@ inline void finish(const AttentionArguments& a, int sequence, Query query, float
   const float lse = sum > 0 ? top + std::log(sum) : sum == 0 ? kMinusInfinity : sum;
   a.lse.data[sequence * a.lse.sequence_stride + query.head * a.lse.head_stride + query.token * a.lse.token_stride] = lse;
   float share = sum == 0 ? 0.0f : 1.0f / sum;
-  if (a.rules.head_sinks != nullptr) share *= 1.0f / (1.0f + std::exp(a.rules.head_sinks[query.head] - lse));
+  if (a.rules.head_sinks != nullptr && sum != 0) share *= 1.0f / (1.0f + std::exp(a.rules.head_sinks[query.head] - lse));
   O* out = static_cast<O*>(a.out.data) + sequence * a.out.sequence_stride + query.head * a.out.head_stride + query.token * a.out.token_stride;
   for (int d = 0; d < a.pages.v_dim; d += Vec::kWidth) {
     store_up_to(Vec::load(values + d) * Vec::all(share), out + d, a.pages.v_dim - d);

@@ -186,8 +186,6 @@ def test_what_does_not_fit_the_queries_is_refused(backend: type[AttentionBackend
     ):
         with pytest.raises(ConfigurationError):
             backend().run(query, view, options)
-    with pytest.raises(ConfigurationError, match="softcap"):
-        AttentionOptions(0.3, softcap=-1.0)
 
 
 def test_dtypes_and_devices_that_the_kernels_do_not_take_are_refused() -> None:
@@ -224,6 +222,51 @@ def test_python_threads_do_not_disturb_each_other() -> None:
 
     with ThreadPoolExecutor(len(cases)) as pool:
         assert all(pool.map(repeat, cases))
+
+
+def test_threads_attend_with_caches_of_their_own() -> None:
+    """In each step the threads have other plans than the step before, and let go of those."""
+    backend = CpuBackend()
+
+    def decode(seed: int) -> bool:
+        rows = torch.randn(1, 2, 90, 16, generator=torch.Generator().manual_seed(seed))
+        spec = build_spec([LayerSpec(0, 2, 16, 16)], k_format="fp32", v_format="fp32", block_tokens=4)
+        batch = SequenceBatch(Memory(spec, device=torch.device("cpu")))
+        query, options = queries(1, 4, 1, 16, seed), AttentionOptions(0.3)
+        for t in range(rows.shape[2]):
+            batch.begin(1, 1)
+            view = batch.write(0, rows[:, :, t : t + 1], -rows[:, :, t : t + 1])
+            found, _ = backend.run(query, view, options)
+            expected, _ = ReferenceBackend().run(query, view, options)
+            if not torch.allclose(found, expected, atol=1e-5):
+                return False
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(decode, range(18)))
+
+
+def test_the_default_dtype_does_not_reach_the_kernels() -> None:
+    view = make_view(2, 2, 19, 3, k_dim=8, v_dim=8)
+    mask = torch.rand(1, 1, 3, 19, generator=torch.Generator().manual_seed(0)) < 0.7
+    bias = torch.randn(1, 1, 3, 19, generator=torch.Generator().manual_seed(1))
+    for options in (AttentionOptions(0.3, mask=mask, bias=bias), AttentionOptions(0.3, mask=mask, sinks=torch.ones(4))):
+        query = queries(2, 4, 3, 8)
+        expected, _ = ReferenceBackend().run(query, view, options)
+        torch.set_default_dtype(torch.float64)
+        try:
+            found, _ = CpuBackend().run(query, view, options)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(found, expected)
+
+
+def test_windows_beyond_32_bits_see_all() -> None:
+    policy = Window(2**31, sinks=2**40)
+    view = make_view(1, 2, 40, 1, k_dim=16, v_dim=16, block_tokens=16, policy=policy)
+    plain = make_view(1, 2, 40, 1, k_dim=16, v_dim=16, block_tokens=16)
+    query, options = queries(1, 4, 1, 16), AttentionOptions(0.3)
+    assert torch.equal(CpuBackend().run(query, view, options)[0], CpuBackend().run(query, plain, options)[0])
 
 
 def test_a_view_of_before_is_refused() -> None:

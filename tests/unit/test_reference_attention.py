@@ -11,8 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from stratakv.attention import AttentionOptions, ReferenceBackend, apply_sinks, merge_states
+from stratakv.attention import (
+    AttentionBackend,
+    AttentionOptions,
+    CpuBackend,
+    ReferenceBackend,
+    apply_sinks,
+    merge_states,
+)
 from stratakv.attention import reference as reference_module
+from stratakv.attention.cpu import is_built
 from stratakv.attention.reference import attend_tensors
 from stratakv.blocks.view import KVPart, KVView
 from stratakv.errors import ConfigurationError
@@ -22,6 +30,8 @@ from stratakv.testing.views import make_view
 
 SCALE = 0.37
 HIDDEN = torch.finfo(torch.float32).min
+
+BACKENDS = [ReferenceBackend(), *([CpuBackend()] if is_built() else [])]
 
 
 def naive(query: Tensor, view: KVView, options: AttentionOptions) -> tuple[Tensor, Tensor]:
@@ -168,6 +178,29 @@ def test_a_query_that_sees_nothing_gives_zeros() -> None:
         assert bool(lse.isneginf().all())
 
 
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_a_query_that_sees_nothing_gives_zeros_whatever_the_sinks(backend: AttentionBackend) -> None:
+    view = make_view(1, 2, 11, 5)
+    options = AttentionOptions(
+        SCALE, mask=torch.zeros(1, 1, 5, 11, dtype=torch.bool), sinks=torch.full((4,), -torch.inf)
+    )
+    out, lse = backend.run(queries(view, 4), view, options)
+    assert bool((out == 0).all())
+    assert bool(lse.isneginf().all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_what_hides_is_the_same_everywhere(backend: AttentionBackend, dtype: torch.dtype) -> None:
+    """Also in fp64, whose masks are often filled with the smallest number of fp32."""
+    view = make_view(1, 2, 11, 5)
+    smallest = torch.finfo(torch.float16 if dtype == torch.float16 else torch.float32).min
+    options = AttentionOptions(SCALE, mask=torch.full((1, 1, 5, 11), smallest, dtype=dtype))
+    out, lse = backend.run(queries(view, 4), view, options)
+    assert bool((out == 0).all())
+    assert bool(lse.isneginf().all())
+
+
 def test_large_scores_do_not_overflow() -> None:
     view = make_view(1, 2, 11, 5)
     assert_right(queries(view, 4) * 1e4, view, AttentionOptions(SCALE), tolerance=1e-4)
@@ -207,11 +240,34 @@ def test_a_mask_that_does_not_reach_all_rows_is_refused(n_columns: int) -> None:
         ReferenceBackend().run(queries(view, 4), view, AttentionOptions(SCALE, mask=mask))
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 5, 7), (2, 3, 5, 8), (1, 4, 5, 8)])
+@pytest.mark.parametrize("shape", [(2, 4, 5, 7), (2, 3, 5, 8), (1, 4, 5, 8), (4, 5, 8)])
 def test_queries_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     view = make_view(2, 2, 11, 5)
-    with pytest.raises(ConfigurationError, match="do not fit"):
+    with pytest.raises(ConfigurationError, match="queries"):
         ReferenceBackend().run(torch.zeros(shape), view, AttentionOptions(SCALE))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask": torch.ones(1, 1, 5, 11, dtype=torch.int64)},
+        {"mask": torch.ones(1, 1, 5, 11, dtype=torch.uint8)},
+        {"mask": torch.ones(1, 1, 5, 11).to_sparse()},
+        {"bias": torch.ones(1, 1, 5, 11, dtype=torch.bool)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_masks_of_other_kinds_are_refused(options: dict[str, Any], backend: AttentionBackend) -> None:
+    view = make_view(2, 2, 11, 5)
+    with pytest.raises(ConfigurationError, match="mask"):
+        backend.run(queries(view, 4), view, AttentionOptions(SCALE, **options))
+
+
+@pytest.mark.parametrize("softcap", [0.0, -1.0, float("inf"), float("nan")])
+def test_softcaps_that_cap_nothing_are_refused(softcap: float) -> None:
+    with pytest.raises(ConfigurationError, match="softcap"):
+        AttentionOptions(SCALE, softcap=softcap)
 
 
 # Parts of a sequence attended apart

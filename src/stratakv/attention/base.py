@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ class AttentionOptions:
     Attributes:
         scale: factor on the dot products.
         causal: with no mask, whether a query sees rows at later positions (False) or not (True).
-        mask: what a query sees, `[n_sequences or 1, n_query_heads or 1, n_new, n_columns]`: bool (True: sees) or a
-            number to add to the scores. Column c is absolute position `mask_offset + c`. None: the causal rule alone.
+        mask: what a query sees, `[n_sequences or 1, n_query_heads or 1, n_new or 1, n_columns]`: bool (True: sees) or a
+            number to add to the scores, which hides where it is as small as its dtype goes. Column c is
+            absolute position `mask_offset + c`. None: the causal rule alone.
         mask_offset: the position of the mask's first column.
         bias: number to add to the scores, shaped and indexed as `mask`; None: nothing.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv:2408.00118). None: as they are.
@@ -37,8 +39,8 @@ class AttentionOptions:
     sinks: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.softcap is not None and not self.softcap > 0:
-            raise ConfigurationError(f"a softcap is a number above 0, got {self.softcap}")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ConfigurationError(f"a softcap is a finite number above 0, got {self.softcap}")
 
 
 class AttentionBackend(ABC):
@@ -75,6 +77,10 @@ def check_call(query: Tensor, view: KVView, options: AttentionOptions) -> None:
         view: the rows.
         options: masks and the rest, on the device of the query.
     """
+    if query.dim() != 4 or not query.is_floating_point():
+        raise ConfigurationError(
+            f"queries are numbers [n_sequences, n_query_heads, n_new, k_dim], got {query.dtype} {tuple(query.shape)}"
+        )
     n_sequences, n_query_heads, n_new, k_dim = query.shape
     if n_query_heads % view.n_kv_heads or k_dim != view.k_dim or n_sequences != view.n_sequences:
         raise ConfigurationError(
@@ -93,6 +99,11 @@ def check_call(query: Tensor, view: KVView, options: AttentionOptions) -> None:
             raise ConfigurationError(f"queries are on {query.device}, the {name} is on {tensor.device}")
     for table in (options.mask, options.bias):
         if table is not None:
+            is_bool = table.dtype == torch.bool and table is options.mask
+            if table.layout != torch.strided or not (is_bool or table.is_floating_point()):
+                raise ConfigurationError(
+                    f"a mask is a dense tensor of bool or numbers, a bias of numbers: {table.dtype}"
+                )
             for part in view.parts:
                 _check_table(table, options.mask_offset, query, part.plan.runs)
 
@@ -114,6 +125,14 @@ def _check_table(table: Tensor, offset: int, query: Tensor, runs: Sequence[tuple
             f"the mask has {table.shape[3]} columns from position {offset} on, the layer's rows reach from position "
             f"{first} to {end - 1}"
         )
+
+
+def hidden_below(dtype: torch.dtype) -> float:
+    """A number in a mask of `dtype` that is less than this hides.
+
+    Models mark what is hidden with the smallest number there is, or half of it. Kernels take fp64 masks as fp32.
+    """
+    return torch.finfo(torch.float32 if dtype == torch.float64 else dtype).min / 4
 
 
 def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -145,5 +164,5 @@ def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
         lse: `[n_sequences, n_query_heads, n_new]`.
         sinks: `[n_query_heads]`.
     """
-    share = torch.sigmoid(lse - sinks.to(lse.dtype)[None, :, None])
+    share = torch.sigmoid(lse - sinks.to(lse.dtype)[None, :, None]).masked_fill(lse.isneginf(), 0.0)
     return (out.to(lse.dtype) * share.unsqueeze(-1)).to(out.dtype)

@@ -10,18 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stratakv.attention.base import AttentionBackend, AttentionOptions, check_call
+from stratakv.attention.base import AttentionBackend, AttentionOptions, check_call, hidden_below
 from stratakv.blocks.view import KVPart, KVView
-from stratakv.errors import ConfigurationError, UnsupportedError
+from stratakv.errors import ConfigurationError, InvariantError, UnsupportedError
+from stratakv.plan import ReadPlan
 
 try:  # by its name, so that the package's root, which knows all parts, is not imported here
     _kernels: Any = importlib.import_module("stratakv._kernels")
 except ImportError:  # installed without the extension
     _kernels = None
 
+_Step = tuple[Any, tuple[object, ...]]
+"""A call of a kernel, and what it has the addresses of."""
+
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2}
 MASK_BOOL, MASK_FLOAT, MASK_BIAS = 1, 2, 3
+MOST_POSITIONS = 2**31 - 1
 PREFILL_QUERIES = 24
 """With so many queries a KV head (new tokens times query heads) the kernel for prompts is the faster one: measured with
 head dims 64 and 128, fp32 and bf16 pages, 512 to 4096 rows. It gives a thread no less than that."""
@@ -76,6 +81,7 @@ class CpuBackend(AttentionBackend):
 
     def __init__(self, isa: str | None = None) -> None:
         self._kernels, self.isa = load_kernels(isa)
+        self._last: tuple[ReadPlan, tuple[object, ...], _Step] | None = None
 
     def supports(self, view: KVView, options: AttentionOptions, dtype: torch.dtype) -> str | None:
         """Float pages in RAM."""
@@ -126,17 +132,57 @@ class CpuBackend(AttentionBackend):
         lse: Tensor,
         heads: Tensor | None = None,
     ) -> None:
+        part.arena.check_version(part.plan)
+        # What the kernel has the addresses of is held until it returns: other threads run meanwhile.
+        if table is None and options.sinks is None:
+            step, _held = self._plain_step(part, view, options, group, query.dtype)
+        else:
+            sinks = options.sinks if options.sinks is None or heads is None else options.sinks[heads]
+            sinks = None if sinks is None else sinks.float().contiguous()
+            step, _held = self._make_step(part, view, options, group, query.dtype, sinks)
+            _set_mask(step, table, kind, options.mask_offset)
+        addresses, _slabs = part.arena.addresses(part.member)
+        step.run(
+            addresses.data_ptr(),
+            query.data_ptr(),
+            query.stride()[:3],
+            out.data_ptr(),
+            out.stride()[:3],
+            lse.data_ptr(),
+        )
+
+    def _plain_step(
+        self, part: KVPart, view: KVView, options: AttentionOptions, group: int, dtype: torch.dtype
+    ) -> _Step:
+        """A call without mask or sinks: the one of the layer before, where it was the same but for its memory."""
+        member = part.arena.spec.members[part.member]
+        facts = (
+            *(member.heads, member.k_layout, member.v_layout, part.retention),
+            *(options.scale, options.softcap, options.causal, view.seen_tokens, view.n_new),
+            *(group, dtype, torch.get_num_threads()),
+        )
+        last = self._last  # a tuple that nobody changes, so that threads may share it
+        if last is None or last[0] is not part.plan or last[1] != facts:
+            last = part.plan, facts, self._make_step(part, view, options, group, dtype)
+            self._last = last
+        return last[2]
+
+    def _make_step(
+        self,
+        part: KVPart,
+        view: KVView,
+        options: AttentionOptions,
+        group: int,
+        dtype: torch.dtype,
+        sinks: Tensor | None = None,
+    ) -> _Step:
+        """A call, but for where its numbers lie and its mask."""
         step, plan, arena = self._kernels.Step(self.isa), part.plan, part.arena
-        arena.check_version(plan)
         member = arena.spec.members[part.member]
-        positions = None if plan.is_one_run else plan.row_positions
+        table, positions = plan.table, None if plan.is_one_run else plan.row_positions
         first = (plan.runs[0][0] if plan.runs else 0) - plan.skip
         retention = part.retention
-        sinks = options.sinks if options.sinks is None or heads is None else options.sinks[heads]
-        sinks = None if sinks is None else sinks.float().contiguous()
-        step.set_pages(
-            plan.table.data_ptr(), plan.table.stride(0), plan.n_sequences, len(member.heads), plan.block_tokens
-        )
+        step.set_pages(table.data_ptr(), table.stride(0), plan.n_sequences, len(member.heads), plan.block_tokens)
         step.set_member(
             member.nbytes,
             member.k_layout.nbytes,
@@ -150,31 +196,18 @@ class CpuBackend(AttentionBackend):
             options.scale,
             options.softcap or 0.0,
             options.causal and options.mask is None,
-            0 if retention is None or retention.window is None else retention.window,
-            0 if retention is None else retention.sinks,
+            0 if retention is None or retention.window is None else min(retention.window, MOST_POSITIONS),
+            0 if retention is None else min(retention.sinks, MOST_POSITIONS),
             0,
             0 if sinks is None else sinks.data_ptr(),
         )
-        n_new = query.shape[2]
         each = [
             array("i", [x]) * plan.n_sequences for x in (plan.skip + plan.n_rows, plan.skip, first, view.seen_tokens)
         ]
         counts, skips, firsts, queries = (numbers.buffer_info()[0] for numbers in each)
         step.set_rows(counts, skips, firsts, 0 if positions is None else positions.data_ptr(), queries)
-        step.set_queries(group, n_new, NUMBER_TYPES[query.dtype], torch.get_num_threads(), PREFILL_QUERIES)
-        _set_mask(step, table, kind, options.mask_offset)
-        step.run(
-            arena.addresses(part.member).data_ptr(),
-            query.data_ptr(),
-            _strides(query),
-            out.data_ptr(),
-            _strides(out),
-            lse.data_ptr(),
-        )
-
-
-def _strides(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+        step.set_queries(group, view.n_new, NUMBER_TYPES[dtype], torch.get_num_threads(), PREFILL_QUERIES)
+        return step, (table, positions, sinks, *each)
 
 
 def _added(options: AttentionOptions) -> tuple[Tensor | None, int]:
@@ -191,13 +224,15 @@ def _added(options: AttentionOptions) -> tuple[Tensor | None, int]:
     if mask is None:
         return _dense(bias.float()), MASK_BIAS
     n = min(mask.shape[3], bias.shape[3])  # both cover the rows
-    hiding = torch.where(mask[..., :n], 0.0, -torch.inf) if mask.dtype == torch.bool else _hiding(mask[..., :n])
-    return _dense(bias[..., :n].float() + hiding), MASK_BIAS
+    mask, added = mask[..., :n], bias[..., :n].float()
+    if mask.dtype == torch.bool:
+        return _dense(added.masked_fill(~mask, -torch.inf)), MASK_BIAS
+    return _dense(added + _hiding(mask)), MASK_BIAS
 
 
 def _hiding(mask: Tensor) -> Tensor:
     """A float mask in fp32 that has -inf where it hides."""
-    return mask.float().masked_fill(mask < torch.finfo(mask.dtype).min / 4, -torch.inf)
+    return mask.float().masked_fill(mask < hidden_below(mask.dtype), -torch.inf)
 
 
 def _dense(table: Tensor) -> Tensor:
@@ -208,5 +243,7 @@ def _set_mask(step: Any, table: Tensor | None, kind: int, offset: int) -> None:
     if table is None:
         step.set_mask(0, 0, 0, 0, 0, 0)
         return
+    if table.dtype != (torch.bool if kind == MASK_BOOL else torch.float32):
+        raise InvariantError(f"a mask of kind {kind} came to the kernels as {table.dtype}")
     strides = [stride if size > 1 else 0 for stride, size in zip(table.stride()[:3], table.shape[:3], strict=True)]
     step.set_mask(table.data_ptr(), *strides, kind, offset)

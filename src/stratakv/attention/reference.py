@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stratakv.attention.base import AttentionBackend, AttentionOptions, apply_sinks, check_call
+from stratakv.attention.base import AttentionBackend, AttentionOptions, apply_sinks, check_call, hidden_below
 from stratakv.blocks.view import KVPart, KVView
 from stratakv.spec import Retention
 
@@ -133,19 +133,15 @@ def _softmax_values(
     if options.softcap is not None:
         scores = torch.tanh(scores / options.softcap) * options.softcap
     if bias is not None:
-        scores = scores + bias
+        scores = scores + bias.to(scores.dtype)
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, -torch.inf)
     elif mask is not None:
         # A model's own float masks mark what is hidden with the smallest number there is, or half of it.
-        scores = (scores + mask).masked_fill(mask < _hidden_below(mask.dtype), -torch.inf)
+        scores = (scores + mask.to(scores.dtype)).masked_fill(mask < hidden_below(mask.dtype), -torch.inf)
     if see is not None:
         scores = scores.masked_fill(~see, -torch.inf)
     lse = scores.logsumexp(dim=-1)
     weights = torch.where(lse.isneginf().unsqueeze(-1), 0.0, scores.softmax(dim=-1))
     out = weights.view(n_sequences, n_kv_heads, -1, n_rows) @ values
     return out.view(n_sequences, n_query_heads, n_queries, values.shape[-1]), lse
-
-
-def _hidden_below(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).min / 4
