@@ -76,7 +76,7 @@ struct Forward {
   // Room, for n_sequences * n_new rows.
   float* stream;     // [rows, hidden]
   float* normed;     // [rows, max(hidden, n_query_heads * head_dim, intermediate)]: what goes into a product
-  float* produced;   // [rows, max(qkv rows, 2 * intermediate)]: what comes out
+  float* produced;   // [rows, max(qkv rows, 2 * intermediate, hidden)]: what comes out
   float* lse;        // [n_sequences, n_query_heads, n_new]
   float* scratch;    // as many floats as the kernel asks for
   // The rows whose logits are wanted.

@@ -168,6 +168,7 @@ inline void linear_many(const LinearArguments& a) {
 }
 
 inline void linear(const LinearArguments& a) {
+  if (a.n_inputs == 0) return;
   const bool is_many = a.n_inputs >= kPackedInputs;
   switch (a.matrix.type) {
     case NumberType::kFloat: is_many ? linear_many<float>(a) : linear_few<float>(a); break;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -87,9 +89,9 @@ def fed(runner: NativeRunner, batch: SequenceBatch, tokens: Tensor, cuts: list[i
     start = 0
     while start < tokens.shape[1]:
         n = cuts[min(len(found), len(cuts) - 1)]
-        if runner._binding is not None:
+        for binding in runner._bindings.values():
             with torch.inference_mode():
-                for room in runner._binding._room.values():
+                for room in binding._room.values():
                     room.fill_(torch.nan)
         found.append(runner.forward(batch, tokens[:, start : start + n], every=True))
         batch.memory.check()
@@ -221,9 +223,21 @@ def test_long_prompts_go_in_several_passes() -> None:
 
 @pytest.mark.parametrize(
     "tokens",
-    [torch.zeros(1, 0, dtype=torch.int64), torch.zeros(3), torch.tensor([[VOCABULARY]]), torch.tensor([[-1]])],
+    [
+        torch.zeros(1, 0, dtype=torch.int64),
+        torch.zeros(3),
+        torch.tensor([[VOCABULARY]]),
+        torch.tensor([[-1]]),
+        torch.tensor([[True]]),
+        torch.tensor([[1j]]),
+        torch.ones(1, 1, dtype=torch.int64, device="meta"),
+        torch.ones(1, 1, dtype=torch.int64).to_sparse(),
+        [[1]],
+        None,
+    ],
+    ids=str,
 )
-def test_tokens_that_are_none_are_refused(tokens: Tensor) -> None:
+def test_tokens_that_are_none_are_refused(tokens: Any) -> None:
     runner = NativeRunner(tiny_llama())
     batch = runner.new_batch()
     runner.forward(batch, some_tokens(1, 5))
@@ -231,6 +245,54 @@ def test_tokens_that_are_none_are_refused(tokens: Tensor) -> None:
         runner.forward(batch, tokens)
     assert batch.seen_tokens == 5
     batch.memory.check()
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.empty(1, 1, VOCABULARY - 1),
+        torch.empty(1, 1, VOCABULARY, dtype=torch.float64),
+        torch.empty(1, VOCABULARY, 2).transpose(1, 2)[:, :1],
+        torch.empty(1, 1, VOCABULARY, requires_grad=True),
+        torch._neg_view(torch.empty(1, 1, VOCABULARY)),
+        [0.0] * VOCABULARY,
+    ],
+    ids=["narrow", "fp64", "with gaps", "with gradient", "negated", "list"],
+)
+def test_places_for_logits_that_do_not_fit_are_refused(out: Any) -> None:
+    runner = NativeRunner(tiny_llama())
+    batch = runner.new_batch()
+    with pytest.raises(ConfigurationError, match="logits"):
+        runner.forward(batch, some_tokens(1, 5), out=out)
+    assert not batch.sequences
+    with pytest.raises(ConfigurationError, match="new_batch"):
+        runner.forward(None, some_tokens(1, 5))  # type: ignore[arg-type]
+
+
+def test_a_forward_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the angles of more positions cannot be had, neither are they claimed."""
+    model = tiny_llama()
+    runner = NativeRunner(model, dtype=torch.float32)
+    batch, tokens = runner.new_batch(), some_tokens(1, 4100)
+    expected = logits_of(model, tokens)[:, -1]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "arange", lambda *_, **__: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                runner.forward(batch, tokens)
+    assert not batch.sequences
+    batch.memory.check()
+    assert_same(runner.forward(batch, tokens)[:, 0], expected)
+
+
+def test_a_dropped_cache_frees_its_memory() -> None:
+    runner = NativeRunner(tiny_llama())
+    batch = runner.new_batch()
+    runner.forward(batch, some_tokens(1, 5))
+    memory = weakref.ref(batch.memory)
+    del batch
+    gc.collect()
+    assert memory() is None
 
 
 def test_a_cache_of_another_model_is_refused() -> None:

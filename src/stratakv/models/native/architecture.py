@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from stratakv.errors import UnsupportedError
+from stratakv.models.native.inspection import check_is_plain
 from stratakv.spec import LayerSpec
 
 FAMILIES = (
@@ -42,7 +43,6 @@ class Architecture:
     has_outer_norms: bool  # Gemma: norms after attention and after the MLP, too
     layer_types: tuple[str, ...]  # of each layer; the key of its rotation
     windows: tuple[int | None, ...]
-    max_positions: int
 
     @property
     def n_layers(self) -> int:
@@ -61,11 +61,13 @@ def architecture_of(model: Any) -> Architecture:
     """Read the facts from one of transformers' models.
 
     Raises:
-        UnsupportedError: the model is of another family, or uses something that the runner does not compute.
+        UnsupportedError: the model is of another family, uses something that the runner does not compute, or was
+            changed after it was made: adapters, quantised layers, hooks.
     """
     name = type(model).__name__
     if name not in FAMILIES:
         raise UnsupportedError(f"the native runner serves {', '.join(FAMILIES)}, not {name}")
+    check_is_plain(model)
     config = model.config
     is_gemma = name.startswith("Gemma")
     activation = config.hidden_activation if is_gemma else config.hidden_act
@@ -85,6 +87,7 @@ def architecture_of(model: Any) -> Architecture:
     if moving := sorted(set(types.values()) & set(_MOVING_ROTATIONS)):
         raise UnsupportedError(f"the native runner does not turn by rotations of type {', '.join(moving)}")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    softcap = config.attn_logit_softcapping if name == "Gemma2ForCausalLM" else None  # Gemma 3 has it and ignores it
     scale = config.query_pre_attn_scalar**-0.5 if is_gemma else head_dim**-0.5
     return Architecture(
         hidden=config.hidden_size,
@@ -97,17 +100,19 @@ def architecture_of(model: Any) -> Architecture:
         norm_offset=1.0 if is_gemma else 0.0,
         embedding_scale=_embedding_scale(model) if is_gemma else 1.0,
         attention_scale=scale,
-        attention_softcap=getattr(config, "attn_logit_softcapping", None) or 0.0,
+        attention_softcap=softcap or 0.0,
         logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
         activation=ACTIVATIONS[activation],
         has_outer_norms=is_gemma,
         layer_types=kinds,
         windows=windows,
-        max_positions=config.max_position_embeddings,
     )
 
 
 def _embedding_scale(model: Any) -> float:
-    """Gemma's, which is rounded to the weights' own dtype."""
-    dtype = model.model.embed_tokens.weight.dtype
-    return float(torch.tensor(model.config.hidden_size**0.5).to(dtype))
+    """Gemma's, which is rounded to the weights' own dtype. Where the embedding holds it, it may have been before."""
+    weight = model.model.embed_tokens.weight
+    scale = getattr(model.model.embed_tokens, "embed_scale", None)
+    if scale is None:
+        scale = torch.tensor(model.config.hidden_size**0.5, device="cpu")
+    return float(scale.to(weight.dtype))

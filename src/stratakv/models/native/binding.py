@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stratakv.attention.cpu import FORMATS, NUMBER_TYPES, PREFILL_QUERIES
+from stratakv.attention.cpu import FORMATS, MOST_POSITIONS, NUMBER_TYPES, PREFILL_QUERIES
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.memory import Memory
 from stratakv.errors import ConfigurationError
@@ -18,7 +18,7 @@ from stratakv.models.native.weights import LayerWeights, Linear, Weights
 
 
 class Binding:
-    """A decoder over one memory.
+    """A decoder over one memory, which it does not hold: a cache that is dropped frees its memory.
 
     Args:
         kernels: the extension.
@@ -34,7 +34,6 @@ class Binding:
         self, kernels: Any, isa: str, architecture: Architecture, weights: Weights, rotations: Rotations, memory: Memory
     ) -> None:
         _check(architecture, memory)
-        self.memory = memory
         self._kernels = kernels
         self._architecture = architecture
         self._weights = weights
@@ -43,7 +42,7 @@ class Binding:
         self._tables: list[tuple[Tensor, Tensor]] = []  # likewise
         self._of_step: list[Any] = []  # likewise
         self._room: dict[str, Tensor] = {}
-        self._decoder = self._make(isa)
+        self._decoder = self._make(isa, len(memory.spec.groups))
 
     def run(
         self, batch: SequenceBatch, tokens: Tensor, start: int, stop: int, wanted: array[int], logits: Tensor
@@ -51,7 +50,7 @@ class Binding:
         """Feed new tokens `[start, stop)` of the batch's open step.
 
         Args:
-            batch: a batch over `memory`, whose step has begun.
+            batch: a batch over the memory, whose step has begun.
             tokens: int32 `[n_sequences, n_new]`, all of the step.
             start, stop: which of them.
             wanted: ints, rows (sequence, token) of this pass whose logits are written, rising.
@@ -59,13 +58,13 @@ class Binding:
         """
         n_sequences, n_new = tokens.shape
         seen = batch.seen_tokens
-        self._use_slabs()
+        _slabs = self._use_slabs(batch.memory)  # held until the forward is done, and not longer
         self._use_rotations(seen + n_new)
         self._make_room(n_sequences * (stop - start), n_sequences * self._architecture.n_query_heads * (stop - start))
         positions = array("i", [seen + start]) * n_sequences
         fed = tokens[:, start:stop].contiguous()
         self._of_step = [positions, fed, wanted]
-        for g, (plan, group) in enumerate(zip(batch.plans(), self.memory.spec.groups, strict=True)):
+        for g, (plan, group) in enumerate(zip(batch.plans(), batch.memory.spec.groups, strict=True)):
             first = plan.runs[0][0] - plan.skip
             n_rows = plan.skip + plan.n_rows - (n_new - stop)
             each = [array("i", [x]) * n_sequences for x in (n_rows, plan.skip, first)]
@@ -77,8 +76,8 @@ class Binding:
                 *(numbers.buffer_info()[0] for numbers in each),
                 0 if row_positions is None else row_positions.data_ptr(),
                 plan.block_tokens,
-                group.retention.window or 0,
-                group.retention.sinks,
+                min(group.retention.window or 0, MOST_POSITIONS),
+                min(group.retention.sinks, MOST_POSITIONS),
             )
             self._of_step += [plan, each, row_positions]
         self._decoder.forward(
@@ -93,7 +92,7 @@ class Binding:
             PREFILL_QUERIES,
         )
 
-    def _make(self, isa: str) -> Any:
+    def _make(self, isa: str, n_groups: int) -> Any:
         facts, weights = self._architecture, self._weights
         decoder = self._kernels.Decoder(
             isa,
@@ -111,7 +110,7 @@ class Binding:
             embedding=self._matrix(weights.embedding),
             head=self._matrix(weights.head),
             norm=weights.norm.data_ptr(),
-            n_groups=len(self.memory.spec.groups),
+            n_groups=n_groups,
         )
         for layer, rotation in zip(weights.layers, self._rotations.of_layer, strict=True):
             self._add(decoder, layer, rotation)
@@ -138,13 +137,13 @@ class Binding:
             weight.data_ptr(), *weight.shape, NUMBER_TYPES[weight.dtype], 0 if bias is None else bias.data_ptr()
         )
 
-    def _use_slabs(self) -> None:
-        """Tell where the slabs are, if that changed."""
-        memory = self.memory
+    def _use_slabs(self, memory: Memory) -> list[list[Tensor]]:
+        """Tell where the slabs are, if that changed. Returns them."""
         places = [place for (place,) in memory.spec.locations.values()]
-        found = [memory.arenas[g].addresses(m) for g, m in places]
+        both = [memory.arenas[g].addresses(m) for g, m in places]
+        found, slabs = [addresses for addresses, _ in both], [tensors for _, tensors in both]
         if self._addresses and all(old is new for old, new in zip(self._addresses, found, strict=True)):
-            return
+            return slabs
         for index, ((g, m), addresses) in enumerate(zip(places, found, strict=True)):
             arena, member = memory.arenas[g], memory.spec.groups[g].members[m]
             self._decoder.set_pages(
@@ -158,6 +157,7 @@ class Binding:
                 FORMATS[arena.v_codec.name],
             )
         self._addresses = found
+        return slabs
 
     def _use_rotations(self, n_positions: int) -> None:
         """Have the angles of so many positions."""

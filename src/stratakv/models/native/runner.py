@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,13 +14,15 @@ from stratakv.attention.cpu import NUMBER_TYPES, load_kernels
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
-from stratakv.errors import ConfigurationError
+from stratakv.errors import CapacityError, ConfigurationError
 from stratakv.models.native.architecture import Architecture, architecture_of
 from stratakv.models.native.binding import Binding
 from stratakv.models.native.rotation import Rotations
 from stratakv.models.native.weights import Weights
 from stratakv.policies import RetentionPolicy
 
+FORMAT_OF = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 MOST_ROWS = 512
 """Rows (sequences times new tokens) that one pass through the layers takes."""
 
@@ -28,13 +31,15 @@ class NativeRunner:
     """Runs one model over caches of its own shape. Threads may share it, and take turns then.
 
     Args:
-        model: one of transformers' models, of a class in `architecture.FAMILIES`. Its weights are copied.
+        model: one of transformers' models, of a class in `architecture.FAMILIES`, as it was made: adapters and
+            quantised layers are refused. It is copied: what is done to it later does not reach the runner. It runs as
+            in evaluation mode.
         dtype: of the matrices: torch.bfloat16, torch.float16 or torch.float32. All sums are in fp32.
         isa: as for `CpuBackend`.
 
     Raises:
         UnsupportedError: the model is of another kind, or the extension was not built.
-        ConfigurationError: a dtype that is not one of the three.
+        ConfigurationError: a dtype that is not one of the three, or too small for a weight.
     """
 
     def __init__(self, model: Any, *, dtype: torch.dtype = torch.bfloat16, isa: str | None = None) -> None:
@@ -43,14 +48,19 @@ class NativeRunner:
         self.architecture: Architecture = architecture_of(model)
         self._kernels, self.isa = load_kernels(isa)
         self.weights = Weights.of(model, self.architecture, dtype)
-        self._rotations = Rotations(model.model.rotary_emb, self.architecture.layer_types)
-        self._binding: Binding | None = None
+        self._rotations = Rotations(model.model.rotary_emb, self.architecture.layer_types, self.architecture.head_dim)
+        self._bindings: WeakKeyDictionary[Memory, Binding] = WeakKeyDictionary()
         self._lock = Lock()
 
     def new_batch(
-        self, *, format: str = "fp16", block_tokens: int = 64, policy: RetentionPolicy | None = None
+        self, *, format: str | None = None, block_tokens: int = 64, policy: RetentionPolicy | None = None
     ) -> SequenceBatch:
-        """An empty paged cache for this model."""
+        """An empty paged cache for this model. `format` None: that of the weights.
+
+        Raises:
+            ConfigurationError: another format than those in `FORMATS`, a block of no tokens.
+        """
+        format = format or FORMAT_OF[self.weights.dtype]
         layers = self.architecture.layer_specs()
         spec = build_spec(layers, k_format=format, v_format=format, block_tokens=block_tokens, policy=policy)
         return SequenceBatch(Memory(spec, device=torch.device("cpu")), policy)
@@ -72,15 +82,17 @@ class NativeRunner:
 
         Raises:
             ConfigurationError: no tokens, token ids beyond the vocabulary, or a cache of another shape.
+            CapacityError: no room, in the cache or for the logits.
         """
+        if not isinstance(batch, SequenceBatch):
+            raise ConfigurationError(f"a native runner writes into what its new_batch gives, not {type(batch)}")
         tokens = self._checked(tokens)
         n_sequences, n_new = tokens.shape
-        n_wanted = n_new if every else 1
-        shape = (n_sequences, n_wanted, self.architecture.vocabulary)
+        shape = (n_sequences, n_new if every else 1, self.architecture.vocabulary)
         if out is None:
             out = _floats(*shape)
-        elif out.shape != shape or out.dtype != torch.float32 or out.device.type != "cpu" or not out.is_contiguous():
-            raise ConfigurationError(f"logits go into dense fp32 {shape} in RAM, not {out.dtype} {tuple(out.shape)}")
+        else:
+            _check_place(out, shape)
         with self._lock:  # the decoder has room for one forward
             self._feed(batch, tokens, out, every=every)
         return out
@@ -88,7 +100,7 @@ class NativeRunner:
     def _feed(self, batch: SequenceBatch, tokens: Tensor, out: Tensor, *, every: bool) -> None:
         """A step of `batch`, or nothing."""
         n_sequences, n_new = tokens.shape
-        binding = self._bind(batch)
+        binding = self._bind(batch.memory)
         batch.begin(n_sequences, n_new)
         try:
             span = max(MOST_ROWS // n_sequences, 1)
@@ -114,18 +126,18 @@ class NativeRunner:
             last = range(n - 1, n_sequences * n, n) if stop == n_new else ()
             binding.run(batch, tokens, start, stop, array("i", last), out)
 
-    def _bind(self, batch: SequenceBatch) -> Binding:
-        if self._binding is None or self._binding.memory is not batch.memory:
-            self._binding = Binding(
-                self._kernels, self.isa, self.architecture, self.weights, self._rotations, batch.memory
-            )
-        return self._binding
+    def _bind(self, memory: Memory) -> Binding:
+        binding = self._bindings.get(memory)
+        if binding is None:
+            binding = Binding(self._kernels, self.isa, self.architecture, self.weights, self._rotations, memory)
+            self._bindings[memory] = binding
+        return binding
 
     def _checked(self, tokens: Tensor) -> Tensor:
-        if tokens.dim() != 2 or not tokens.numel() or tokens.is_floating_point():
-            raise ConfigurationError(
-                f"tokens are integers [n_sequences, n_new], got {tokens.dtype} {tuple(tokens.shape)}"
-            )
+        is_dense = isinstance(tokens, Tensor) and tokens.layout == torch.strided and tokens.device.type != "meta"
+        if not is_dense or tokens.dim() != 2 or not tokens.numel() or tokens.dtype not in _INTEGERS:
+            given = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ConfigurationError(f"tokens are a tensor of integers [n_sequences, n_new], got {given}")
         ids = tokens.flatten().tolist()  # no tensor is made for a step
         low, high = min(ids), max(ids)
         if low < 0 or high >= self.architecture.vocabulary:
@@ -134,4 +146,20 @@ class NativeRunner:
 
 
 def _floats(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
+    try:
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
+    except RuntimeError as error:  # as torch reports a failed allocation
+        raise CapacityError(f"the system has no room for logits {shape}; nothing was changed") from error
+
+
+def _check_place(out: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ConfigurationError where logits of `shape` cannot be written into `out`."""
+    is_fit = (
+        isinstance(out, Tensor)
+        and (out.shape, out.dtype, out.device.type, out.layout) == (shape, torch.float32, "cpu", torch.strided)
+        and out.is_contiguous()
+        and not (out.requires_grad or out.is_neg())
+    )
+    if not is_fit:
+        given = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ConfigurationError(f"logits go into dense fp32 {shape} in RAM without gradient, not into {given}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stratakv.blocks.ram import zeros
+from stratakv.errors import ConfigurationError
 from stratakv.models.native.architecture import Architecture
 
 _ALIGNMENT = 64  # bytes of a cache line
@@ -51,7 +52,11 @@ class Weights:
 
     @classmethod
     def of(cls, model: Any, architecture: Architecture, dtype: torch.dtype) -> Weights:
-        """Copy the weights of one of transformers' models."""
+        """Copy the weights of one of transformers' models, for which `architecture_of` vouches.
+
+        Raises:
+            ConfigurationError: a weight is too large for `dtype`.
+        """
         return _Copy(model, architecture, dtype).weights()
 
     @property
@@ -67,7 +72,7 @@ class Weights:
 class _Copy:
     def __init__(self, model: Any, architecture: Architecture, dtype: torch.dtype) -> None:
         self._model, self._architecture, self._dtype = model, architecture, dtype
-        self._is_tied = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+        self._is_tied = model.lm_head.weight is model.model.embed_tokens.weight
         self._room = zeros(sum(_padded(n * dtype.itemsize) for n in self._sizes()))
         self._used = 0
 
@@ -116,18 +121,22 @@ class _Copy:
         nbytes = rows * columns * self._dtype.itemsize
         fused = self._room[self._used : self._used + nbytes].view(self._dtype).view(rows, columns)
         self._used += _padded(nbytes)
-        torch.cat([module.weight.detach().to(self._dtype) for module in modules], out=fused)
+        torch.cat([module.weight.detach().to("cpu", self._dtype) for module in modules], out=fused)
+        if self._dtype == torch.float16 and fused.isinf().any() and not any(m.weight.isinf().any() for m in modules):
+            raise ConfigurationError("the model has weights beyond the range of torch.float16; take torch.bfloat16")
         biases = [getattr(module, "bias", None) for module in modules]
         if all(bias is None for bias in biases):
             return Linear(fused, None)
         parts = [
-            torch.zeros(module.weight.shape[0], dtype=torch.float32) if bias is None else bias.detach().float()
+            torch.zeros(module.weight.shape[0], dtype=torch.float32, device="cpu")
+            if bias is None
+            else bias.detach().to("cpu", torch.float32)
             for module, bias in zip(modules, biases, strict=True)
         ]
         return Linear(fused, torch.cat(parts))
 
     def _norm(self, module: Any) -> Tensor:
-        weight: Tensor = module.weight.detach().float() + self._architecture.norm_offset
+        weight: Tensor = module.weight.detach().to("cpu", torch.float32) + self._architecture.norm_offset
         return weight.contiguous()
 
 

@@ -1,0 +1,176 @@
+"""Models that are not what their class and config say: the native runner refuses them, with the place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from stratakv.attention.cpu import is_built
+from stratakv.errors import ConfigurationError, UnsupportedError
+from stratakv.integrations.transformers import attach
+from stratakv.models.native import NativeRunner
+from stratakv.testing.tiny import VOCABULARY, tiny_gemma2, tiny_gemma3, tiny_llama, tiny_qwen3
+
+pytestmark = pytest.mark.skipif(not is_built(), reason="installed without the extension, on purpose or for want of g++")
+
+TOKENS = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(5))
+
+
+class Adapter(nn.Module):
+    """As adapters are: the base's weight in its place, and something added to its product."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.added = nn.Linear(base.in_features, base.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = self.base(x) + self.added(x)
+        return product
+
+
+class ScaledLinear(nn.Linear):
+    """As layers of 8 bits are: a Linear by its class, with a scale of its own."""
+
+
+def with_adapter(model: Any) -> None:
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = Adapter(attention.q_proj)
+
+
+def with_scaled_linear(model: Any) -> None:
+    down = model.model.layers[0].mlp.down_proj
+    model.model.layers[0].mlp.down_proj = ScaledLinear(down.in_features, down.out_features, bias=False)
+
+
+def with_packed_weight(model: Any) -> None:
+    packed = torch.zeros(16, 1, dtype=torch.uint8)
+    model.model.layers[0].mlp.down_proj.weight = nn.Parameter(packed, requires_grad=False)
+
+
+def with_quantised_weight(model: Any) -> None:
+    linear = model.model.layers[0].mlp.down_proj
+    linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+
+
+def pruned(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    mlp.gate_proj.weight.data, mlp.up_proj.weight.data = mlp.gate_proj.weight[:40], mlp.up_proj.weight[:40]
+    mlp.down_proj.weight.data = mlp.down_proj.weight[:, :40].contiguous()
+
+
+def with_short_head(model: Any) -> None:
+    model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.data[:50])
+
+
+def with_head_bias(model: Any) -> None:
+    model.lm_head.bias = nn.Parameter(torch.ones(VOCABULARY))
+
+
+def with_hook(model: Any) -> None:
+    model.model.layers[0].mlp.register_forward_hook(lambda module, given, found: 2 * found)
+
+
+def with_another_forward(model: Any) -> None:
+    model.model.layers[0].mlp.forward = lambda x: x
+
+
+def with_another_scaling(model: Any) -> None:
+    model.model.layers[0].self_attn.scaling = 1.0
+
+
+def with_another_epsilon(model: Any) -> None:
+    model.model.layers[0].input_layernorm.variance_epsilon = 0.5
+
+
+def with_fewer_layers(model: Any) -> None:
+    del model.model.layers[1]
+
+
+def with_another_config(model: Any) -> None:
+    model.config.num_attention_heads = 2
+
+
+def without_memory(model: Any) -> None:
+    model.to("meta")
+
+
+CHANGES: list[Callable[[Any], None]] = [
+    with_adapter,
+    with_scaled_linear,
+    with_packed_weight,
+    with_quantised_weight,
+    pruned,
+    with_short_head,
+    with_head_bias,
+    with_hook,
+    with_another_forward,
+    with_another_scaling,
+    with_another_epsilon,
+    with_fewer_layers,
+    with_another_config,
+    without_memory,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_changed_model_is_refused(change: Callable[[Any], None]) -> None:
+    model = tiny_llama(tie_word_embeddings=False)
+    change(model)
+    with pytest.raises(UnsupportedError):
+        NativeRunner(model)
+
+
+def test_a_class_of_the_same_name_is_refused() -> None:
+    other = type("LlamaForCausalLM", (LlamaForCausalLM,), {})
+    with pytest.raises(UnsupportedError, match="own LlamaForCausalLM"):
+        NativeRunner(other(tiny_llama().config))
+
+
+def test_what_does_not_change_the_model_is_served() -> None:
+    model = tiny_qwen3()
+    model(TOKENS, output_hidden_states=True, output_attentions=True)  # for which newer versions set hooks of their own
+    model.train()
+    attach(model)
+    NativeRunner(model)
+
+
+def test_what_is_done_to_the_model_later_does_not_reach_the_runner() -> None:
+    model = tiny_llama()
+    expected = model(TOKENS).logits
+    runner = NativeRunner(model, dtype=torch.float32)
+    model.to(torch.bfloat16).to("meta")
+    torch.testing.assert_close(runner.forward(runner.new_batch(), TOKENS, every=True), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_gemma2, tiny_gemma3], ids=lambda make: make.__name__)
+def test_softcaps_and_scales_are_those_that_the_model_uses(make: Callable[..., Any]) -> None:
+    model = make(attn_logit_softcapping=1.0, hidden_size=96).to(torch.bfloat16).float()
+    runner = NativeRunner(model, dtype=torch.float32)
+    found = runner.forward(runner.new_batch(), TOKENS, every=True)
+    torch.testing.assert_close(found, model(TOKENS).logits, rtol=2e-5, atol=2e-5)
+
+
+def test_weights_too_large_for_half_precision_are_refused() -> None:
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e5
+    with pytest.raises(ConfigurationError, match="float16"):
+        NativeRunner(model, dtype=torch.float16)
+    NativeRunner(model, dtype=torch.bfloat16)
+
+
+def test_the_config_is_left_alone() -> None:
+    model = tiny_gemma3()
+    before = copy.deepcopy(model.config.to_dict())
+    NativeRunner(model)
+    assert model.config.to_dict() == before
