@@ -88,6 +88,10 @@ class Retention:
     window: int | None = None
     sinks: int = 0
 
+    def most_rows(self, n_tokens: int) -> int:
+        """How many of `n_tokens` tokens the query at the last of them sees."""
+        return n_tokens if self.window is None else min(n_tokens, self.window + self.sinks)
+
 
 @dataclass(frozen=True)
 class GroupSpec:
@@ -107,6 +111,11 @@ class GroupSpec:
     def bytes_per_block(self) -> int:
         """Bytes of one block over all members."""
         return sum(member.nbytes for member in self.members)
+
+    @cached_property
+    def bytes_per_token(self) -> int:
+        """Bytes of one row over all members, page padding and scales included, rounded up."""
+        return -(-self.bytes_per_block // self.block_tokens)
 
     def blocks_for(self, n_rows: int) -> int:
         """Blocks that `n_rows` rows take."""
@@ -143,7 +152,11 @@ class CacheSpec:
 
     def bytes_per_token(self) -> int:
         """Bytes that one stored token takes over all groups, page padding and scales included, rounded up."""
-        return sum(-(-group.bytes_per_block // group.block_tokens) for group in self.groups)
+        return sum(group.bytes_per_token for group in self.groups)
+
+    def bytes_read(self, n_tokens: int) -> int:
+        """Bytes that attention of one query reads of `n_tokens` tokens: of windows only the rows in them."""
+        return sum(group.bytes_per_token * group.retention.most_rows(n_tokens) for group in self.groups)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for files and fingerprints."""

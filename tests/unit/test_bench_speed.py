@@ -14,9 +14,9 @@ from stratakv.bench import speed
 from stratakv.bench.report import speed_table
 from stratakv.bench.speed import KINDS, SpeedOptions, run_speed
 from stratakv.bench.subjects import SUBJECTS, Subject, make_subject
-from stratakv.cli import bench_speed
+from stratakv.cli import bench, bench_speed
 from stratakv.errors import ConfigurationError
-from stratakv.testing.tiny import VOCABULARY, tiny_llama
+from stratakv.testing.tiny import VOCABULARY, tiny_gemma3, tiny_llama
 
 pytestmark = pytest.mark.skipif(not is_built(), reason="installed without the extension, on purpose or for want of g++")
 
@@ -48,8 +48,16 @@ def test_bytes_and_operations_are_those_of_the_model() -> None:
     layer = 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 64  # q, k, v; output; gate, up, down
     for subject in subjects():
         assert subject.weight_bytes == 4 * (2 * layer + 97 * 32)
-        assert subject.bytes_per_token == 4 * 2 * 2 * 2 * 8  # layers, K and V, heads, dims
+        assert subject.cache_spec.bytes_read(10) == 10 * 4 * 2 * 2 * 2 * 8  # layers, K and V, heads, dims
         assert subject.operations(10) == 2 * 10 * 2 * layer + 2 * 97 * 32 + 4 * 2 * 32 * 55
+
+
+def test_a_window_is_read_no_further() -> None:
+    for subject in [
+        make_subject(name, lambda dtype: tiny_gemma3(window=5).to(dtype), torch.float32, "bf16") for name in SUBJECTS
+    ]:
+        width = 4 if subject.name == "dynamic" else 2
+        assert subject.cache_spec.bytes_read(20) == width * 2 * 2 * 8 * (20 + 2 * 5)  # K and V, heads, dims; rows
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,6 +81,14 @@ def test_a_run_has_the_documented_keys(kind: str, monkeypatch: pytest.MonkeyPatc
 def test_an_unknown_subject_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="nobody"):
         make_subject("nobody", fresh, torch.float32, "fp32")
+
+
+@pytest.mark.parametrize("target", ["nowhere/report.json", "."])
+def test_a_report_that_could_not_be_written_is_refused_before_the_work(target: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        bench_speed.decode(model="none", report=tmp_path / target)
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        bench.attention(report=tmp_path / target)
 
 
 def test_the_commands_name_the_subjects_there_are() -> None:

@@ -142,7 +142,7 @@ def _decode(
     bandwidth = statistics.median(bandwidths)
     points = []
     for subject in subjects:
-        kv_bytes = subject.bytes_per_token * size
+        kv_bytes = subject.cache_spec.bytes_read(size)
         floor = (subject.weight_bytes + kv_bytes) / bandwidth
         of = {"weight_bytes": subject.weight_bytes, "kv_bytes": kv_bytes, "read_bandwidth": bandwidth}
         points.append(Point(subject.name, size, tuple(seconds[subject.name]), floor, of))

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from stratakv.bench.samples import seconds_of
+from stratakv.blocks.geometry import build_spec
 from stratakv.errors import ConfigurationError
 from stratakv.integrations.transformers import KVCache, attach
 from stratakv.integrations.transformers.compat import DynamicCache, cache_keyword
+from stratakv.integrations.transformers.geometry import layer_specs, servable_layers
 from stratakv.models.native import NativeRunner
+from stratakv.models.native.runner import FORMAT_OF
+from stratakv.spec import CacheSpec
 
 
 class Subject(ABC):
@@ -57,8 +61,8 @@ class Subject(ABC):
 
     @property
     @abstractmethod
-    def bytes_per_token(self) -> int:
-        """Bytes of K and V that one step reads for every token before it."""
+    def cache_spec(self) -> CacheSpec:
+        """What the cache holds, and in what."""
 
     def prefill_seconds(self, tokens: Tensor) -> tuple[float, Tensor]:
         """Feed a prompt from the start: seconds, and the next tokens."""
@@ -98,14 +102,17 @@ class NativeSubject(Subject):
         return self._runner.forward(self._batch, tokens).argmax(dim=-1)
 
     @property
-    def bytes_per_token(self) -> int:
-        """As the pages hold it."""
-        return self._batch.memory.spec.bytes_per_token()
+    def cache_spec(self) -> CacheSpec:
+        """That of the pages."""
+        return self._batch.memory.spec
 
 
 class _ModelSubject(Subject):
-    def __init__(self, model: Any, new_cache: Callable[[], Any]) -> None:
+    def __init__(self, model: Any, new_cache: Callable[[], Any], format: str | None = None) -> None:
         super().__init__(model, model.dtype)
+        stored = format or FORMAT_OF[model.dtype]
+        layers = layer_specs(model.config, servable_layers(model))
+        self._spec = build_spec(layers, k_format=stored, v_format=stored)
         self._model, self._new_cache = model, new_cache
         self._keyword = cache_keyword(model)
         self._cache = new_cache()
@@ -121,12 +128,9 @@ class _ModelSubject(Subject):
         return torch.as_tensor(logits[:, -1:].argmax(dim=-1))
 
     @property
-    def bytes_per_token(self) -> int:
-        """In the model's own dtype."""
-        config = self._model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-        return int(numbers * self._model.dtype.itemsize)
+    def cache_spec(self) -> CacheSpec:
+        """In the format asked for, or the model's own dtype."""
+        return self._spec
 
 
 class AttachedSubject(_ModelSubject):
@@ -136,7 +140,7 @@ class AttachedSubject(_ModelSubject):
 
     def __init__(self, model: Any, format: str | None = None, block_tokens: int = 64) -> None:
         attach(model)
-        super().__init__(model, lambda: KVCache.for_model(model, format=format, block_tokens=block_tokens))
+        super().__init__(model, lambda: KVCache.for_model(model, format=format, block_tokens=block_tokens), format)
 
 
 class DynamicSubject(_ModelSubject):

@@ -71,7 +71,7 @@ def attention(
     lengths: Annotated[str, typer.Option(help="Tokens in the cache, with commas between.")] = "4096,16384,65536",
     block_tokens: options.BlockTokens = 64,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds, of which the median counts.")] = 7,
-    as_json: options.Json = False,
+    report: options.JsonFile = None,
 ) -> None:
     """Measure decode attention over pages against the read bandwidth, and against torch over plain tensors."""
     chosen = parse_lengths(lengths, at_least=1)
@@ -81,13 +81,14 @@ def attention(
     for name in stored:
         options.check_choice("--formats", name, options.FORMATS)
     options.check_positive("--block-tokens", block_tokens)
+    options.check_report(report)
 
     from stratakv.bench import attention as measured
     from stratakv.bench.report import attention_table
     from stratakv.models import terminal_progress
 
     with terminal_progress() as progress:
-        report = measured.run_attention(
+        found = measured.run_attention(
             [measured.SHAPES[name] for name in names],
             stored,
             chosen,
@@ -95,12 +96,13 @@ def attention(
             block_tokens=block_tokens,
             progress=progress,
         )
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
-        return
+    if report is not None:
+        options.write_report(report, found.to_dict())
+        if str(report) == "-":
+            return
     from rich.console import Console
 
-    Console().print(attention_table(report))
+    Console().print(attention_table(found))
 
 
 def parse_lengths(text: str, at_least: int = MIN_LENGTHS, option: str = "--lengths") -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +18,6 @@ Who = Annotated[str, typer.Option("--subjects", help=f"Who takes turns: {ALL}, w
 Dtype = Annotated[str, typer.Option(help=f"What the weights are in: {', '.join(options.DTYPES)}.")]
 Format = Annotated[str, typer.Option(help=f"How our caches store keys and values: {', '.join(options.FORMATS)}.")]
 Rounds = Annotated[int, typer.Option(min=1, max=1000, help="Rounds, of which the median counts.")]
-Report = Annotated[Path | None, typer.Option("--json", help="Write a report here as JSON; '-' prints it.")]
 
 
 def decode(
@@ -31,7 +29,7 @@ def decode(
     format: Format = "bf16",
     rounds: Rounds = 5,
     steps: Annotated[int, typer.Option(min=1, max=10000, help="Decode steps in each round.")] = 20,
-    report: Report = None,
+    report: options.JsonFile = None,
 ) -> None:
     """Measure a decode step by length, against the time that memory needs for weights and cache."""
     _run("decode", model, parse_lengths(lengths, at_least=1), subjects, dtype, format, rounds, steps, report)
@@ -45,7 +43,7 @@ def prefill(
     dtype: Dtype = "bf16",
     format: Format = "bf16",
     rounds: Rounds = 5,
-    report: Report = None,
+    report: options.JsonFile = None,
 ) -> None:
     """Measure the reading of a prompt by length, against the processor's own rate of operations."""
     _run("prefill", model, parse_lengths(lengths, at_least=1), subjects, dtype, format, rounds, 1, report)
@@ -60,7 +58,7 @@ def batch(
     dtype: Dtype = "bf16",
     format: Format = "bf16",
     rounds: Rounds = 3,
-    report: Report = None,
+    report: options.JsonFile = None,
 ) -> None:
     """Measure several requests of 128 tokens together, prompts included."""
     sizes = parse_lengths(requests, at_least=1, option="--requests")
@@ -83,6 +81,7 @@ def _run(
         options.check_choice("--subjects", name, SUBJECTS)
     options.check_choice("--dtype", dtype, options.DTYPES)
     options.check_choice("--format", format, options.FORMATS)
+    options.check_report(target)
 
     from stratakv.bench.report import speed_table
     from stratakv.bench.speed import SpeedOptions, run_speed
@@ -107,11 +106,9 @@ def _run(
         about = {"name": model, "dtype": dtype, "format": format}
         found = run_speed(made, token_ids, settings, about, progress)
     if target is not None:
-        text = json.dumps(found.to_dict(), indent=2)
+        options.write_report(target, found.to_dict())
         if str(target) == "-":
-            typer.echo(text)
             return
-        target.write_text(text + "\n", encoding="utf-8")
     from rich.console import Console
 
     Console().print(speed_table(found))

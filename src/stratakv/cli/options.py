@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,6 +34,7 @@ Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_def
 TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this total probability.")]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write a report here as JSON; '-' prints it.")]
 
 
 def check_choice(option: str, value: str | None, accepted: Iterable[str]) -> None:
@@ -51,6 +55,23 @@ def check_positive(option: str, value: int) -> None:
     """Raise ConfigurationError where `value` is below 1."""
     if value < 1:
         raise ConfigurationError(f"{option} must be at least 1, got {value}")
+
+
+def check_report(target: Path | None) -> None:
+    """Raise ConfigurationError where a report could not be written to `target` after all the work for it."""
+    if target is None or str(target) == "-":
+        return
+    if target.is_dir() or not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise ConfigurationError(f"--json {target} cannot be written")
+
+
+def write_report(target: Path, report: dict[str, Any]) -> None:
+    """Write `report` as JSON into a file; '-' prints it."""
+    text = json.dumps(report, indent=2)
+    if str(target) == "-":
+        typer.echo(text)
+    else:
+        target.write_text(text + "\n", encoding="utf-8")
 
 
 def check_block_tokens(context: typer.Context, value: int, layout: str) -> None:
