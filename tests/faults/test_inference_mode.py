@@ -1,8 +1,8 @@
-"""Caches that are filled in inference mode and managed outside of it: every verb works, and nothing breaks half way."""
+"""Caches filled in inference mode and managed outside of it: every verb works, and none breaks half way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -101,4 +101,48 @@ def test_a_first_step_that_is_undone_leaves_no_sequences() -> None:
     batch.abort()
     assert not batch.sequences
     batch.begin(3, 5)
+    batch.memory.check()
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_copy_that_fails_leaves_no_step_and_no_block(nth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two sequences, whose last blocks a fork shares, the copy of either fails."""
+    batch, rows = filled()
+    twin = batch.fork()
+    arena, n_copies = batch.memory.arenas[0], 0
+    real = arena.copy
+
+    def copy(pairs: Iterable[tuple[int, int]]) -> None:
+        nonlocal n_copies
+        n_copies += 1
+        if n_copies == nth:
+            raise KeyboardInterrupt
+        real(pairs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arena, "copy", copy)
+        with pytest.raises(KeyboardInterrupt):
+            batch.begin(2, 1)
+    batch.memory.check()
+    for each in (batch, twin):
+        found = add(each, torch.ones(2, 2, 1, 8)).gather(torch.float32)[0]
+        assert torch.equal(found, torch.cat([rows, torch.ones(2, 2, 1, 8)], dim=2))
+    batch.memory.check()
+
+
+def test_of_sequences_that_share_a_block_the_last_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, rows = filled()
+    batch.select([0, 0, 0])
+    arena, copied = batch.memory.arenas[0], []
+    real = arena.copy
+
+    def copy(pairs: Iterable[tuple[int, int]]) -> None:
+        copied.extend(pairs)
+        real(pairs)
+
+    monkeypatch.setattr(arena, "copy", copy)
+    batch.begin(3, 1)
+    view = batch.write(0, torch.ones(3, 2, 1, 8), torch.ones(3, 2, 1, 8))
+    assert len(copied) == 2
+    assert torch.equal(view.gather(torch.float32)[0][:, :, :SEEN], rows[[0, 0, 0]])
     batch.memory.check()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
+from transformers.modeling_utils import AttentionInterface
 
 from stratakv.attention.cpu import is_built
 from stratakv.errors import ConfigurationError, UnsupportedError
@@ -101,6 +102,35 @@ def with_another_config(model: Any) -> None:
     model.config.num_attention_heads = 2
 
 
+class Tripling(Tensor):
+    """A tensor that computes in its own way, as quantised ones do."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear:
+            return 3 * function(args[0], args[1].as_subclass(Tensor))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def with_another_tensor(model: Any) -> None:
+    linear = model.model.layers[0].mlp.down_proj
+    linear.weight = nn.Parameter(linear.weight.as_subclass(Tripling), requires_grad=False)
+
+
+def with_sparse_weight(model: Any) -> None:
+    linear = model.model.layers[0].mlp.down_proj
+    linear.weight = nn.Parameter(linear.weight.to_sparse(), requires_grad=False)
+
+
+def with_another_attention(model: Any) -> None:
+    AttentionInterface.register("doubled", lambda *_, **__: 1 / 0)
+    model.config._attn_implementation = "doubled"
+
+
+def in_both_directions(model: Any) -> None:
+    model.config.is_causal = False
+
+
 def without_memory(model: Any) -> None:
     model.to("meta")
 
@@ -119,6 +149,10 @@ CHANGES: list[Callable[[Any], None]] = [
     with_another_epsilon,
     with_fewer_layers,
     with_another_config,
+    with_another_tensor,
+    with_sparse_weight,
+    with_another_attention,
+    in_both_directions,
     without_memory,
 ]
 
@@ -141,8 +175,33 @@ def test_what_does_not_change_the_model_is_served() -> None:
     model = tiny_qwen3()
     model(TOKENS, output_hidden_states=True, output_attentions=True)  # for which newer versions set hooks of their own
     model.train()
-    attach(model)
+    model.gradient_checkpointing_enable()
     NativeRunner(model)
+    model.resize_token_embeddings(140)
+    model.config.pad_token_id = 2
+    model.config.attention_dropout = 0.1
+    attach(model)
+    NativeRunner(model.eval())
+
+
+def test_a_class_that_was_patched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda module, x: x)
+    with pytest.raises(UnsupportedError, match="forward of LlamaMLP"):
+        NativeRunner(model)
+
+
+def test_logits_may_be_written_into() -> None:
+    runner = NativeRunner(tiny_llama())
+    logits = runner.forward(runner.new_batch(), TOKENS)
+    logits[..., 0] = -torch.inf
+
+
+def test_negated_tokens_are_read_as_what_they_are() -> None:
+    runner = NativeRunner(tiny_llama())
+    expected = runner.forward(runner.new_batch(), TOKENS)
+    negated = torch._neg_view((-TOKENS).to(torch.int32))
+    assert torch.equal(runner.forward(runner.new_batch(), negated), expected)
 
 
 def test_what_is_done_to_the_model_later_does_not_reach_the_runner() -> None:

@@ -253,6 +253,7 @@ def test_queries_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
         {"mask": torch.ones(1, 1, 5, 11, dtype=torch.int64)},
         {"mask": torch.ones(1, 1, 5, 11, dtype=torch.uint8)},
         {"mask": torch.ones(1, 1, 5, 11).to_sparse()},
+        {"mask": torch.ones(1, 1, 5, 11, dtype=torch.float8_e5m2)},
         {"bias": torch.ones(1, 1, 5, 11, dtype=torch.bool)},
     ],
     ids=str,
@@ -262,6 +263,18 @@ def test_masks_of_other_kinds_are_refused(options: dict[str, Any], backend: Atte
     view = make_view(2, 2, 11, 5)
     with pytest.raises(ConfigurationError, match="mask"):
         backend.run(queries(view, 4), view, AttentionOptions(SCALE, **options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("hidden", [False, -torch.inf, HIDDEN])
+def test_what_is_hidden_stays_hidden_whatever_its_bias(backend: AttentionBackend, hidden: float) -> None:
+    view = make_view(1, 2, 11, 5)
+    is_hidden = torch.arange(11).expand(1, 1, 5, 11) % 3 == 0
+    mask = ~is_hidden if hidden is False else torch.zeros(is_hidden.shape).masked_fill(is_hidden, hidden)
+    bias = torch.zeros(1, 1, 5, 11).masked_fill(is_hidden, torch.inf)
+    expected, _ = backend.run(queries(view, 4), view, AttentionOptions(SCALE, mask=~is_hidden))
+    found, _ = backend.run(queries(view, 4), view, AttentionOptions(SCALE, mask=mask, bias=bias))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("softcap", [0.0, -1.0, float("inf"), float("nan")])

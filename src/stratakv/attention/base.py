@@ -43,6 +43,9 @@ class AttentionOptions:
             raise ConfigurationError(f"a softcap is a finite number above 0, got {self.softcap}")
 
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 class AttentionBackend(ABC):
     """Computes attention of new queries over the rows of a view."""
 
@@ -100,9 +103,9 @@ def check_call(query: Tensor, view: KVView, options: AttentionOptions) -> None:
     for table in (options.mask, options.bias):
         if table is not None:
             is_bool = table.dtype == torch.bool and table is options.mask
-            if table.layout != torch.strided or not (is_bool or table.is_floating_point()):
+            if table.layout != torch.strided or not (is_bool or table.dtype in _FLOATS):
                 raise ConfigurationError(
-                    f"a mask is a dense tensor of bool or numbers, a bias of numbers: {table.dtype}"
+                    f"a mask is a dense tensor of bool or floats, a bias of floats; got {table.dtype}, {table.layout}"
                 )
             for part in view.parts:
                 _check_table(table, options.mask_offset, query, part.plan.runs)

@@ -227,12 +227,12 @@ def _added(options: AttentionOptions) -> tuple[Tensor | None, int]:
     mask, added = mask[..., :n], bias[..., :n].float()
     if mask.dtype == torch.bool:
         return _dense(added.masked_fill(~mask, -torch.inf)), MASK_BIAS
-    return _dense(added + _hiding(mask)), MASK_BIAS
+    return _dense(_hiding(mask, added)), MASK_BIAS
 
 
-def _hiding(mask: Tensor) -> Tensor:
-    """A float mask in fp32 that has -inf where it hides."""
-    return mask.float().masked_fill(mask < hidden_below(mask.dtype), -torch.inf)
+def _hiding(mask: Tensor, added: Tensor | float = 0.0) -> Tensor:
+    """A float mask in fp32, with something added, that has -inf where it hides."""
+    return (mask.float() + added).masked_fill(mask < hidden_below(mask.dtype), -torch.inf)
 
 
 def _dense(table: Tensor) -> Tensor:

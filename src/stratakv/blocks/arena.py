@@ -13,7 +13,7 @@ from stratakv.blocks.ram import LEAST_BYTES, zeros, zeros_on
 from stratakv.codecs import Codec
 from stratakv.errors import InvariantError, StateError
 from stratakv.plan import BlockTable, ReadPlan, Segment, WritePlan
-from stratakv.spec import GroupSpec, Member, PageLayout
+from stratakv.spec import GroupSpec, Member
 
 _Pages = Callable[[Tensor, Member], Tensor]
 
@@ -93,8 +93,8 @@ class Arena:
         for old_slab, new_slab in zip(self.slabs, slabs, strict=True):
             for m, (old, new) in enumerate(zip(self.spec.members, spec.members, strict=True)):
                 source, target = old_slab.members[m], new_slab.members[m]
-                _copy_rows(self.k_codec, old.k_layout, _k_pages(source, old), new.k_layout, _k_pages(target, new))
-                _copy_rows(self.v_codec, old.v_layout, _v_pages(source, old), new.v_layout, _v_pages(target, new))
+                self.k_codec.move(old.k_layout, _k_pages(source, old), new.k_layout, _k_pages(target, new))
+                self.v_codec.move(old.v_layout, _v_pages(source, old), new.v_layout, _v_pages(target, new))
                 self.bytes_copied += source.numel()
                 old_slab.members[m] = torch.empty(0, dtype=torch.uint8)
         self.slabs, self.spec = slabs, spec
@@ -291,14 +291,3 @@ def _v_pages(member_bytes: Tensor, member: Member) -> Tensor:
     n_heads = len(member.heads)
     pages: Tensor = member_bytes[:, n_heads * member.k_layout.nbytes :].unflatten(1, (n_heads, member.v_layout.nbytes))
     return pages
-
-
-def _copy_rows(codec: Codec, layout: PageLayout, pages: Tensor, new_layout: PageLayout, new_pages: Tensor) -> None:
-    """Rows of smaller pages to the same rows of larger ones."""
-    n_blocks, n_heads, _ = pages.shape
-    span = layout.block_tokens
-    rows = torch.empty((n_blocks, n_heads, span, layout.head_dim), dtype=torch.float32, device=pages.device)
-    codec.decode(layout, pages, rows)
-    block = torch.arange(n_blocks).repeat_interleave(span)
-    row = torch.arange(span).repeat(n_blocks)
-    codec.encode(new_layout, new_pages, block, row, rows.transpose(1, 2).flatten(0, 1))

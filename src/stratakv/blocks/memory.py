@@ -117,18 +117,27 @@ class Memory:
         """
         self.settle_orphans()
         self._fit_rows(sequences, n_tokens)
-        groups = range(len(self.arenas))
-        growths = [[sequence.growth(g, n_tokens) for sequence in sequences] for g in groups]
-        # Two of the sequences may share a last block. Each counts one block for its copy although the last of them
-        # could keep the original: one block too many for a moment, and never one too few.
-        self._reserve([sum(growth.n_blocks for growth in growths[g]) for g in groups])
-        for g in groups:
+        planned = []
+        wanted = [0] * len(self.arenas)
+        for g in range(len(self.arenas)):
+            leaving = Counter[int]()  # of sequences that share a last block, the last one keeps it
             for sequence in sequences:
-                growth = sequence.growth(g, n_tokens)
-                blocks = self.ledger.pools[g].alloc(growth.n_blocks)
+                growth = sequence.growth(g, n_tokens, leaving)
+                if growth.replaces is not None:
+                    leaving[growth.replaces] += 1
+                wanted[g] += growth.n_blocks
+                planned.append((sequence, g, growth))
+        self._reserve(wanted)
+        with ExitStack() as undo:
+            new_blocks = []
+            for _, g, growth in planned:
+                blocks = self._claimed(g, growth.n_blocks, undo)
+                new_blocks.append(blocks)
                 if growth.replaces is not None:
                     self.arenas[g].copy([(growth.replaces, blocks[0])])
-                sequence.append(g, n_tokens, growth, blocks)
+            undo.pop_all()  # nothing can fail from here on
+        for (sequence, g, growth), blocks in zip(planned, new_blocks, strict=True):
+            sequence.append(g, n_tokens, growth, blocks)
 
     def compact(self, changes: Seq[tuple[Sequence, int, KeepPlan]]) -> None:
         """Keep only the rows of each plan in one group of one sequence, and free the blocks that are left over.
@@ -148,8 +157,7 @@ class Memory:
         with ExitStack() as undo:
             new_blocks = []
             for sequence, g, _, change in planned:
-                blocks = self.ledger.pools[g].alloc(change.n_new)
-                undo.callback(self.ledger.pools[g].release, blocks)
+                blocks = self._claimed(g, change.n_new, undo)
                 new_blocks.append(blocks)
                 if blocks:
                     self.arenas[g].move_rows(change.rows, sequence.tables[g].block_ids, blocks)
@@ -267,6 +275,13 @@ class Memory:
         for arena, group, new_slabs in zip(self.arenas, larger.groups, slabs, strict=True):
             if arena.spec != group:
                 arena.enlarge(group, new_slabs)
+
+    def _claimed(self, group: int, n_blocks: int, undo: ExitStack) -> list[int]:
+        """`n_blocks` of the free blocks, which `undo` gives back."""
+        pool = self.ledger.pools[group]
+        blocks = pool.alloc(n_blocks)
+        undo.callback(pool.release, blocks)
+        return blocks
 
     def _check_capacity(self, sequences: Seq[Sequence], n_tokens: int) -> int:
         """The rows that each sequence will have."""

@@ -42,5 +42,7 @@ def zeros_on(device: torch.device, nbytes: int) -> Tensor:
     try:
         with torch.inference_mode(mode=False):
             return torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    except (RuntimeError, TypeError) as error:  # as torch reports it, or a number of bytes beyond 64 bits
+    except (RuntimeError, TypeError) as error:  # as torch reports it in RAM, or a number of bytes beyond 64 bits
+        if device.type != "cpu" and not isinstance(error, torch.OutOfMemoryError):
+            raise
         raise MemoryError(f"no room for {nbytes:,} bytes on {device}") from error

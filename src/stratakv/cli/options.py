@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,8 +60,13 @@ def check_report(target: Path | None) -> None:
     """Raise ConfigurationError where a report could not be written to `target` after all the work for it."""
     if target is None or str(target) == "-":
         return
-    if target.is_dir() or not os.access(target if target.exists() else target.parent, os.W_OK):
-        raise ConfigurationError(f"--json {target} cannot be written")
+    try:
+        is_new = not target.exists()
+        target.open("a", encoding="utf-8").close()
+        if is_new:
+            target.unlink()
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"--json {target} cannot be written: {error}") from error
 
 
 def write_report(target: Path, report: dict[str, Any]) -> None:

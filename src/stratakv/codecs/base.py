@@ -50,6 +50,16 @@ class Codec(ABC):
         """
 
     @abstractmethod
+    def move(self, layout: PageLayout, pages: Tensor, new_layout: PageLayout, new_pages: Tensor) -> None:
+        """Copy all rows of smaller pages to the same rows of larger ones, as they are stored: nothing is allocated.
+
+        Args:
+            layout, new_layout: what `self.layout` gave for both.
+            pages: uint8 `[..., layout.nbytes]`.
+            new_pages: uint8 `[..., new_layout.nbytes]`, written in place.
+        """
+
+    @abstractmethod
     def rounded(self, values: Tensor) -> Tensor:
         """What a reader will get for `values` `[..., head_dim]` once they were stored, in the dtype of `values`."""
 

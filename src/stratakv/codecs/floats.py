@@ -33,6 +33,11 @@ class FloatCodec(Codec):
         """Copy and convert whole pages."""
         out.copy_(self._numbers(layout, pages))
 
+    def move(self, layout: PageLayout, pages: Tensor, new_layout: PageLayout, new_pages: Tensor) -> None:
+        """The rows are the page's first bytes."""
+        del new_layout
+        new_pages[..., : layout.payload_bytes] = pages[..., : layout.payload_bytes]
+
     def rounded(self, values: Tensor) -> Tensor:
         """To `dtype` and back."""
         return self._converted(values).to(values.dtype)

@@ -130,6 +130,13 @@ def _check_pages(codec: Codec, layout: PageLayout) -> None:
             assert torch.equal(_encoded(codec, layout, values, chunks), pages), (
                 f"other bytes when fed in chunks of {chunks}"
             )
+    larger = codec.layout(layout.head_dim, 2 * layout.block_tokens)
+    moved = torch.zeros(n_blocks, n_heads, larger.nbytes, dtype=torch.uint8)
+    codec.move(layout, pages, larger, moved)
+    out = torch.empty(n_blocks, n_heads, larger.block_tokens, layout.head_dim)
+    codec.decode(larger, moved, out)
+    found = out[:, :, : layout.block_tokens].transpose(1, 2).flatten(0, 1)
+    assert torch.equal(found, exact), "moving rows to larger pages changes them"
     kept = layout.block_tokens // 2
     scrubbed, other = pages.clone(), _encoded(codec, layout, values.flip(0), [n_rows])
     last = torch.arange(n_rows) % layout.block_tokens < kept

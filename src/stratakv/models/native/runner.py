@@ -40,6 +40,7 @@ class NativeRunner:
     Raises:
         UnsupportedError: the model is of another kind, or the extension was not built.
         ConfigurationError: a dtype that is not one of the three, or too small for a weight.
+        CapacityError: no room for the weights.
     """
 
     def __init__(self, model: Any, *, dtype: torch.dtype = torch.bfloat16, isa: str | None = None) -> None:
@@ -47,7 +48,10 @@ class NativeRunner:
             raise ConfigurationError(f"dtype {dtype} is not one of {', '.join(map(str, NUMBER_TYPES))}")
         self.architecture: Architecture = architecture_of(model)
         self._kernels, self.isa = load_kernels(isa)
-        self.weights = Weights.of(model, self.architecture, dtype)
+        try:
+            self.weights = Weights.of(model, self.architecture, dtype)
+        except MemoryError as error:
+            raise CapacityError(f"the system has no room for the model's weights in {dtype}") from error
         self._rotations = Rotations(model.model.rotary_emb, self.architecture.layer_types, self.architecture.head_dim)
         self._bindings: WeakKeyDictionary[Memory, Binding] = WeakKeyDictionary()
         self._lock = Lock()
@@ -142,12 +146,13 @@ class NativeRunner:
         low, high = min(ids), max(ids)
         if low < 0 or high >= self.architecture.vocabulary:
             raise ConfigurationError(f"token ids go from 0 to {self.architecture.vocabulary - 1}, got {low} to {high}")
-        return tokens.to(torch.int32).contiguous()
+        return tokens.resolve_neg().to("cpu", torch.int32).contiguous()
 
 
 def _floats(*shape: int) -> Tensor:
     try:
-        return torch.empty(shape, dtype=torch.float32, device="cpu")
+        with torch.inference_mode(mode=False):  # what users may write into
+            return torch.empty(shape, dtype=torch.float32, device="cpu")
     except RuntimeError as error:  # as torch reports a failed allocation
         raise CapacityError(f"the system has no room for logits {shape}; nothing was changed") from error
 
