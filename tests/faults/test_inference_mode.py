@@ -133,7 +133,8 @@ def test_a_copy_that_fails_leaves_no_step_and_no_block(nth: int, monkeypatch: py
 def test_of_sequences_that_share_a_block_the_last_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, rows = filled()
     batch.select([0, 0, 0])
-    arena, copied = batch.memory.arenas[0], []
+    copied: list[tuple[int, int]] = []
+    arena = batch.memory.arenas[0]
     real = arena.copy
 
     def copy(pairs: Iterable[tuple[int, int]]) -> None:
