@@ -7,8 +7,9 @@
 
 namespace stratakv::STRATAKV_ISA {
 
-// Rows that one step takes: a page, or a part of a large one, so that scores stay in the first cache.
-constexpr int kTileRows = 64;
+// Rows that one step takes: as many as leave their scores in the first cache, since each step has a cost of its own.
+constexpr int kTileRows = 128;
+
 
 // scores[m][r] = query m . key r for kRows keys at a time. Meanwhile kLines lines of 64 bytes from `ahead` on are fetched
 // with each register of columns.
@@ -54,24 +55,25 @@ inline void score_tile(const K* keys, int dim, const float* queries, std::ptrdif
   }
 }
 
-// What is wanted soon: the processor's own prefetching ends with each 4 KiB, and pages lie anywhere.
-struct Ahead {
-  const char* bytes;         // null: nothing
-  std::ptrdiff_t row_bytes;  // fetched for each row that is worked on meanwhile
+// Asks for the lines that lie `distance` behind these `n` bytes. What is read lies in line, and the processor's own
+// fetching ends with each 4 KiB.
+inline void fetch_ahead(const void* bytes, std::ptrdiff_t n, std::ptrdiff_t distance) {
+  const char* line = static_cast<const char*>(bytes) + distance;
+  for (const char* end = line + n; line < end; line += 64) __builtin_prefetch(line);
+}
 
-  void fetch(int row, int n_rows) const {
-    if (bytes == nullptr) return;
-    const char* end = bytes + (row + n_rows) * row_bytes;
-    for (const char* line = bytes + row * row_bytes; line < end; line += 64) __builtin_prefetch(line);
-  }
-};
+// How far ahead pages are asked for. Nearer, and steps that are long in computing come too late for it; farther, and it
+// leaves the first cache again.
+constexpr int kPagesAhead = 4096;
 
+// Scores of all rows. Of all queries that meet the rows, the first ones (`is_first`) fetch what lies behind.
 template <typename K, int kQueries>
-inline void score_rows(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, Ahead ahead) {
-  constexpr int kRows = Vec::kRegisters >= 32 ? (kQueries <= 2 ? 8 : 4) : (kQueries == 1 ? 8 : 4);
+inline void score_rows(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, bool is_first) {
+  // As many as leave all sums in registers.
+  constexpr int kRows = Vec::kRegisters >= 32 ? (kQueries <= 2 ? 8 : 4) : (kQueries == 1 ? 8 : kQueries == 4 ? 3 : 4);
   int r = 0;
   for (; r + kRows <= n_rows; r += kRows) {
-    ahead.fetch(r, kRows);
+    if (is_first) fetch_ahead(keys + std::ptrdiff_t{r} * dim, kRows * dim * std::ptrdiff_t{sizeof(K)}, kPagesAhead);
     score_tile<K, kQueries, kRows>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r, kTileRows);
   }
   for (; r < n_rows; ++r) score_tile<K, kQueries, 1>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r, kTileRows);
@@ -80,7 +82,7 @@ inline void score_rows(const K* keys, int n_rows, int dim, const float* queries,
 // values[m][d] = values[m][d] * decay[m] + sum over r of weights[m][r] * V[r][d].
 template <typename V, int kQueries>
 inline void add_values(const V* rows, int n_rows, int dim, const float* weights, const float* decay, float* values,
-                       std::ptrdiff_t value_stride, Ahead ahead) {
+                       std::ptrdiff_t value_stride, bool is_first) {
   constexpr int kVectors = Vec::kRegisters >= 32 ? 4 : (kQueries == 1 ? 8 : kQueries == 2 ? 4 : kQueries == 3 ? 4 : 2);
   int d = 0;
   for (; d + kVectors * Vec::kWidth <= dim; d += kVectors * Vec::kWidth) {
@@ -93,7 +95,7 @@ inline void add_values(const V* rows, int n_rows, int dim, const float* weights,
       }
     }
     for (int r = 0; r < n_rows; ++r) {
-      if (d == 0) ahead.fetch(r, 1);
+      if (is_first && d == 0) fetch_ahead(rows + std::ptrdiff_t{r} * dim, dim * std::ptrdiff_t{sizeof(V)}, kPagesAhead);
       Vec w[kQueries];
       STRATAKV_UNROLL
       for (int m = 0; m < kQueries; ++m) w[m] = Vec::all(weights[m * kTileRows + r]);

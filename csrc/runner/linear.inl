@@ -22,8 +22,8 @@ constexpr int kPackedInputs = 12;
 // Rows of W that a few rows of x meet at once.
 constexpr int kWideRows = Vec::kRegisters >= 32 ? 6 : 3;
 
-// How far ahead of its use memory is asked for, in bytes.
-constexpr int kFetchAhead = 1024;
+// How far ahead weights are asked for, in bytes.
+constexpr int kWeightsAhead = 1024;
 
 // x: [n_inputs, n_columns], y: [n_inputs, n_rows], dense. `scratch` has `linear_floats` floats.
 struct LinearArguments {
@@ -37,14 +37,6 @@ struct LinearArguments {
   int n_columns() const { return static_cast<int>(matrix.n_columns); }
 };
 
-// Asks for as many numbers, kFetchAhead behind these.
-template <int kNumbers, typename W>
-inline void fetch_ahead(const W* weights) {
-  const char* ahead = reinterpret_cast<const char*>(weights) + kFetchAhead;
-  STRATAKV_UNROLL
-  for (int i = 0; i < static_cast<int>(kNumbers * sizeof(W) / 64); ++i) __builtin_prefetch(ahead + 64 * i);
-}
-
 // One row of W with x, its sum still spread over a register.
 template <typename W>
 inline Vec spread_product(const W* weights, const float* x, int n) {
@@ -54,7 +46,7 @@ inline Vec spread_product(const W* weights, const float* x, int n) {
   for (int i = 0; i < kSums; ++i) sums[i] = Vec::zero();
   int d = 0;
   for (; d + kSums * Vec::kWidth <= n; d += kSums * Vec::kWidth) {
-    fetch_ahead<kSums * Vec::kWidth>(weights + d);
+    fetch_ahead(weights + d, kSums * Vec::kWidth * std::ptrdiff_t{sizeof(W)}, kWeightsAhead);
     STRATAKV_UNROLL
     for (int i = 0; i < kSums; ++i) {
       sums[i] = Vec::fma(Vec::load(x + d + i * Vec::kWidth), Vec::load(weights + d + i * Vec::kWidth), sums[i]);

@@ -29,7 +29,7 @@ def test_a_run_has_the_documented_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
     for point in report.points:
         assert point.bytes_read == point.n_tokens * 2 * 2 * 8 * (2 if point.format == "fp16" else 4)
-        assert point.n_views * point.bytes_read >= attention.CACHES << 16
+        assert point.n_layers * point.bytes_read >= attention.CACHES << 16
         assert 0 < point.paged.smallest <= point.paged.median <= point.paged.largest
     with Path(os.devnull).open("w") as nowhere:
         console = Console(width=200, record=True, file=nowhere)

@@ -1,8 +1,8 @@
 """What decode attention costs over pages, against the time that memory needs to deliver them.
 
-One query, the newest token's, attends to all rows of one layer. The caches of many layers are visited in turn, so that
-what is read has left the processor's caches since it was read before: together they are several times as large as the
-last of those. The same rows, gathered into plain tensors, are given to torch's `scaled_dot_product_attention`, and the
+One query, the newest token's, attends to all rows of one layer. The layers of one cache are visited in turn, as a
+model's step does, and are so many that what is read has left the processor's caches since it was read before: together
+they are several times as large as the last of those. The same rows, gathered into plain tensors, are given to torch's `scaled_dot_product_attention`, and the
 query in the same dtype: once as it is, with `enable_gqa`, once with the queries of a KV head as if they were rows of
 one, which spares torch the repeating of keys; the faster of the two counts. That both sides give the same is checked
 before anything is timed. Then they, and plain reading of a large tensor, are timed in turn, round by round.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,16 @@ from stratakv.blocks.ram import zeros
 from stratakv.blocks.view import KVView
 from stratakv.errors import ConfigurationError
 from stratakv.models import Progress, SilentProgress
-from stratakv.spec import LayerSpec
+from stratakv.spec import CacheSpec, LayerSpec
 
-SCHEMA = "stratakv.bench.attention/1"
+SCHEMA = "stratakv.bench.attention/2"
 SHARE_TARGET = 0.8
 SPEEDUP_TARGET = 4.0
 LONGEST = 1 << 20
 CACHES = 4
 """The working set, in sizes of the last-level cache."""
 SHORTEST = 256
-"""Tokens. Thousands of shorter caches would be needed to leave the processor's own."""
+"""Tokens. Thousands of layers with fewer would be needed to leave the processor's own caches."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Point:
     shape: Shape
     format: str
     n_tokens: int
-    n_views: int
+    n_layers: int
     bytes_read: int  # by one call: every byte of K and V
     paged: Cost
     sdpa: Cost  # with enable_gqa, or grouped: what took less
@@ -105,11 +105,11 @@ class Point:
 class AttentionReport:
     """All of one run. As JSON (`to_dict`), in seconds and bytes:
 
-    schema   "stratakv.bench.attention/1"
+    schema   "stratakv.bench.attention/2"
     machine  cpu, cores, threads, load, system, python, torch, transformers, stratakv
     isa      the instruction set of the kernels
     settings rounds, block_tokens
-    points   a list of {shape, format, n_tokens, n_views, bytes_read, paged, sdpa, sdpa_is_grouped, read_bandwidth,
+    points   a list of {shape, format, n_tokens, n_layers, bytes_read, paged, sdpa, sdpa_is_grouped, read_bandwidth,
              share, speedup}; paged and sdpa are {median, smallest, largest}
     targets  by point: whether the share is at least 0.8, and the speedup at least 4
     """
@@ -176,20 +176,20 @@ def _measure(
     backend: CpuBackend, shape: Shape, name: str, n_tokens: int, rounds: int, block_tokens: int, reporter: Progress
 ) -> Point:
     layer = LayerSpec(0, shape.n_kv_heads, shape.head_dim, shape.head_dim)
-    spec = build_spec([layer], k_format=name, v_format=name, block_tokens=block_tokens)
-    bytes_read = n_tokens * spec.bytes_per_token()
+    bytes_read = n_tokens * build_spec([layer], k_format=name, v_format=name).bytes_per_token()
     working_set = CACHES * last_level_cache()
-    n_views = max(-(-working_set // bytes_read), 2)
-    memory = Memory(spec, device=torch.device("cpu"))
+    n_layers = max(-(-working_set // bytes_read), 2)
+    layers = [replace(layer, index=i) for i in range(n_layers)]
+    spec = build_spec(layers, k_format=name, v_format=name, block_tokens=block_tokens)
     generator = torch.Generator().manual_seed(0)
-    batches = [_filled(memory, layer, n_tokens, generator) for _ in range(n_views)]
-    views = [batch.view(0) for batch in batches]
+    batch = _filled(spec, n_tokens, generator)
+    views = [batch.view(i) for i in range(n_layers)]
     dtype = torch.float32 if name == "fp32" else torch.bfloat16 if name == "bf16" else torch.float16
     query = torch.randn(1, shape.n_query_heads, 1, shape.head_dim, generator=generator).to(dtype)
     grouped = query.view(1, shape.n_kv_heads, -1, shape.head_dim)
     options = AttentionOptions(shape.head_dim**-0.5)
     plain = [(keys.clone(), values.clone()) for keys, values in (view.gather(dtype) for view in views)]
-    words = zeros(max(working_set, bytes_read * n_views) // 8 * 8).view(torch.int64).fill_(1)
+    words = zeros(max(working_set, bytes_read * n_layers) // 8 * 8).view(torch.int64).fill_(1)
 
     def paged(view: KVView) -> Tensor:
         return backend.run(query, view, options)[0]
@@ -214,7 +214,7 @@ def _measure(
         shape,
         name,
         n_tokens,
-        n_views,
+        n_layers,
         bytes_read,
         Cost.of(ours[1:]),
         Cost.of((in_groups if is_grouped else repeated)[1:]),
@@ -233,12 +233,13 @@ def _each(call: Callable[[Any], object], over: Sequence[Any]) -> float:
     return seconds_of(all_of_them) / len(over)
 
 
-def _filled(memory: Memory, layer: LayerSpec, n_tokens: int, generator: torch.Generator) -> SequenceBatch:
-    batch = SequenceBatch(memory)
+def _filled(spec: CacheSpec, n_tokens: int, generator: torch.Generator) -> SequenceBatch:
+    batch = SequenceBatch(Memory(spec, device=torch.device("cpu")))
     for n in (n_tokens - 1, 1):  # the newest token is the one that attends
-        shape = (1, layer.n_kv_heads, n, layer.k_dim)
         batch.begin(1, n)
-        batch.write(0, torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
+        for layer in spec.layers:
+            shape = (1, layer.n_kv_heads, n, layer.k_dim)
+            batch.write(layer.index, torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
     return batch
 
 
