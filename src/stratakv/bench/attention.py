@@ -2,10 +2,11 @@
 
 One query, the newest token's, attends to all rows of one layer. The layers of one cache are visited in turn, as a
 model's step does, and are so many that what is read has left the processor's caches since it was read before: together
-they are several times as large as the last of those. The same rows, gathered into plain tensors, are given to torch's `scaled_dot_product_attention`, and the
-query in the same dtype: once as it is, with `enable_gqa`, once with the queries of a KV head as if they were rows of
-one, which spares torch the repeating of keys; the faster of the two counts. That both sides give the same is checked
-before anything is timed. Then they, and plain reading of a large tensor, are timed in turn, round by round.
+they are several times as large as the last of those. The same rows, gathered into plain tensors, are given to torch's
+`scaled_dot_product_attention`, and the query in the same dtype: once as it is, with `enable_gqa`, once with the queries
+of a KV head as if they were rows of one, which spares torch the repeating of keys; the faster of the two counts. That
+both sides give the same is checked before anything is timed. Then they, and plain reading of a large tensor, are timed
+in turn, round by round.
 """
 
 from __future__ import annotations
