@@ -79,10 +79,10 @@ struct Forward {
   float* produced;   // [rows, max(qkv rows, 2 * intermediate, hidden)]: what comes out
   float* lse;        // [n_sequences, n_query_heads, n_new]
   float* scratch;    // as many floats as the kernel asks for
-  // The rows whose logits are wanted.
-  const std::int32_t* wanted;  // [n_wanted], rising
+  // The last so many new tokens of each sequence are those whose logits are wanted.
   std::int32_t n_wanted;
-  float* logits;               // [n_wanted, vocabulary]
+  const std::int32_t* wanted_positions;  // [n_sequences]: of the first of them
+  float* logits;                         // [n_sequences, n_wanted, vocabulary]
 };
 
 }  // namespace stratakv

@@ -82,7 +82,7 @@ class Decoder {
     step_.lse = reinterpret_cast<float*>(lse);
   }
 
-  void forward(std::intptr_t tokens, std::intptr_t positions, int n_sequences, int n_new, std::intptr_t wanted, int n_wanted,
+  void forward(std::intptr_t tokens, std::intptr_t positions, int n_sequences, int n_new, int n_wanted, std::intptr_t wanted_positions,
                std::intptr_t logits, int n_threads, std::int64_t prompt_queries) {
     model_.layers = layers_.data();
     model_.n_layers = static_cast<std::int32_t>(layers_.size());
@@ -95,8 +95,8 @@ class Decoder {
     step_.groups = groups_.data();
     step_.slabs = slabs_.data();
     step_.rotations = rotations_.data();
-    step_.wanted = at<std::int32_t>(wanted);
     step_.n_wanted = n_wanted;
+    step_.wanted_positions = at<std::int32_t>(wanted_positions);
     step_.logits = reinterpret_cast<float*>(logits);
     const auto needed = static_cast<std::size_t>(kernels_->forward_floats(model_, step_));
     if (scratch_.size() < needed) scratch_.resize(needed);

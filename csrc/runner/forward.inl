@@ -23,24 +23,26 @@ class Forwarding {
       : model_(model),
         step_(step),
         n_rows_(step.n_sequences * step.n_new),
+        n_wanted_rows_(step.n_sequences * step.n_wanted),
         q_numbers_(model.n_query_heads * model.head_dim),
         kv_numbers_(model.n_kv_heads * model.head_dim) {}
 
   void run() {
     each_row([&](int row) { embed(row); });
     for (int i = 0; i < model_.n_layers; ++i) {
+      remember(i);
+      if (i + 1 == model_.n_layers) keep_wanted_rows();
+      if (n_rows_ == 0) return;
       attend(i);
       transform(i);
     }
-    each_row(step_.n_wanted, [&](int i) {
-      rms_norm(step_.stream + std::ptrdiff_t{step_.wanted[i]} * model_.hidden, model_.norm, model_.hidden, model_.norm_epsilon,
-               normed(i, model_.hidden));
-    });
-    product(model_.head, step_.n_wanted, step_.logits);
-    if (model_.logit_softcap > 0) each_row(step_.n_wanted, [&](int i) { cap(step_.logits + i * model_.head.n_rows); });
+    each_row([&](int row) { rms_norm(stream(row), model_.norm, model_.hidden, model_.norm_epsilon, normed(row, model_.hidden)); });
+    product(model_.head, n_rows_, step_.logits);
+    if (model_.logit_softcap > 0) each_row([&](int row) { cap(step_.logits + row * model_.head.n_rows); });
   }
 
-  AttentionArguments attention_arguments(int layer_index) const {
+  // Of the last so many new tokens of each sequence.
+  AttentionArguments attention_arguments(int layer_index, int n_new) const {
     const Layer& layer = model_.layers[layer_index];
     const GroupRows& rows = step_.groups[layer.group];
     AttentionArguments a{};
@@ -49,14 +51,14 @@ class Forwarding {
     a.rows = {rows.counts, rows.skips, rows.first_positions, rows.positions};
     a.rules = {model_.attention_scale, model_.attention_softcap, 1, rows.window, rows.sinks, nullptr, nullptr};
     const std::int64_t token = q_numbers_ + 2 * kv_numbers_;
-    a.query = {step_.produced, token * step_.n_new, model_.head_dim, token};
-    a.out = {step_.normed, std::int64_t{q_numbers_} * step_.n_new, model_.head_dim, q_numbers_};
-    a.lse = {step_.lse, std::int64_t{model_.n_query_heads} * step_.n_new, step_.n_new, 1};
+    a.query = {step_.produced + token * (step_.n_new - n_new), token * step_.n_new, model_.head_dim, token};
+    a.out = {step_.normed, std::int64_t{q_numbers_} * n_new, model_.head_dim, q_numbers_};
+    a.lse = {step_.lse, std::int64_t{model_.n_query_heads} * n_new, n_new, 1};
     a.query_type = NumberType::kFloat;
-    a.query_positions = step_.positions;
+    a.query_positions = n_new == step_.n_new ? step_.positions : step_.wanted_positions;
     a.n_sequences = step_.n_sequences;
     a.group = model_.n_query_heads / model_.n_kv_heads;
-    a.n_new = step_.n_new;
+    a.n_new = n_new;
     a.n_threads = step_.n_threads;
     a.prompt_queries = step_.prompt_queries;
     a.scratch = step_.scratch;
@@ -106,13 +108,28 @@ class Forwarding {
     }
   }
 
-  void attend(int index) const {
+  // Keys and values of all rows go into the cache; queries stay in `produced`.
+  void remember(int index) const {
     const Layer& layer = model_.layers[index];
     each_row([&](int row) { rms_norm(stream(row), layer.attention_norm, model_.hidden, model_.norm_epsilon, normed(row, model_.hidden)); });
     product(layer.qkv, n_rows_, step_.produced);
-    const AttentionArguments arguments = attention_arguments(index);
+    const AttentionArguments arguments = attention_arguments(index, step_.n_new);
     each_row([&](int row) { store(layer, arguments, row); });
-    STRATAKV_ISA::attend(arguments);
+  }
+
+  // Behind the keys and values of the last layer nobody asks for rows whose logits are not wanted.
+  void keep_wanted_rows() {
+    if (n_wanted_rows_ == n_rows_) return;
+    for (int i = 0; i < n_wanted_rows_; ++i) {  // a row never goes behind where it was
+      const int row = i / step_.n_wanted * step_.n_new + step_.n_new - step_.n_wanted + i % step_.n_wanted;
+      copy(stream(row), model_.hidden, stream(i));
+    }
+    n_rows_ = n_wanted_rows_;
+  }
+
+  void attend(int index) const {
+    const Layer& layer = model_.layers[index];
+    STRATAKV_ISA::attend(attention_arguments(index, n_rows_ / step_.n_sequences));
     product(layer.output, n_rows_, step_.produced);
     each_row([&](int row) { add_to_stream(layer.after_attention_norm, row); });
   }
@@ -162,16 +179,19 @@ class Forwarding {
 
   const Model& model_;
   const Forward& step_;
-  const int n_rows_, q_numbers_, kv_numbers_;
+  int n_rows_;
+  const int n_wanted_rows_, q_numbers_, kv_numbers_;
 };
 
 inline void forward(const Model& model, const Forward& step) { Forwarding(model, step).run(); }
 
 inline std::ptrdiff_t forward_floats(const Model& model, const Forward& step) {
   const int widest = larger(larger(model.hidden, model.intermediate), model.n_query_heads * model.head_dim);
-  std::ptrdiff_t most = linear_floats(widest, larger(step.n_sequences * step.n_new, step.n_wanted), step.n_threads);
+  std::ptrdiff_t most = linear_floats(widest, step.n_sequences * step.n_new, step.n_threads);
   for (int i = 0; i < model.n_layers; ++i) {
-    most = larger(most, attend_floats(Forwarding(model, step).attention_arguments(i)));
+    const Forwarding forwarding(model, step);
+    most = larger(most, attend_floats(forwarding.attention_arguments(i, step.n_new)));
+    if (step.n_wanted > 0) most = larger(most, attend_floats(forwarding.attention_arguments(i, step.n_wanted)));
   }
   return most;
 }

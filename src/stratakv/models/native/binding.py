@@ -45,7 +45,7 @@ class Binding:
         self._decoder = self._make(isa, len(memory.spec.groups))
 
     def run(
-        self, batch: SequenceBatch, tokens: Tensor, start: int, stop: int, wanted: array[int], logits: Tensor
+        self, batch: SequenceBatch, tokens: Tensor, start: int, stop: int, n_wanted: int, logits: Tensor
     ) -> None:
         """Feed new tokens `[start, stop)` of the batch's open step.
 
@@ -53,8 +53,8 @@ class Binding:
             batch: a batch over the memory, whose step has begun.
             tokens: int32 `[n_sequences, n_new]`, all of the step.
             start, stop: which of them.
-            wanted: ints, rows (sequence, token) of this pass whose logits are written, rising.
-            logits: fp32 `[len(wanted), vocabulary]`.
+            n_wanted: the last so many tokens of each sequence are those whose logits are written.
+            logits: fp32 `[n_sequences, n_wanted, vocabulary]`.
         """
         n_sequences, n_new = tokens.shape
         seen = batch.seen_tokens
@@ -63,7 +63,8 @@ class Binding:
         self._make_room(n_sequences * (stop - start), n_sequences * self._architecture.n_query_heads * (stop - start))
         positions = array("i", [seen + start]) * n_sequences
         fed = tokens[:, start:stop].contiguous()
-        self._of_step = [positions, fed, wanted]
+        wanted_positions = array("i", [seen + stop - n_wanted]) * n_sequences
+        self._of_step = [positions, wanted_positions, fed]
         for g, (plan, group) in enumerate(zip(batch.plans(), batch.memory.spec.groups, strict=True)):
             first = plan.runs[0][0] - plan.skip
             n_rows = plan.skip + plan.n_rows - (n_new - stop)
@@ -85,8 +86,8 @@ class Binding:
             positions.buffer_info()[0],
             n_sequences,
             stop - start,
-            wanted.buffer_info()[0],
-            len(wanted),
+            n_wanted,
+            wanted_positions.buffer_info()[0],
             logits.data_ptr(),
             torch.get_num_threads(),
             PREFILL_QUERIES,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -123,12 +122,11 @@ class NativeRunner:
         (n_sequences, n_new), n = tokens.shape, stop - start
         if every:
             logits = out if n == n_new else _floats(n_sequences, n, out.shape[2])
-            binding.run(batch, tokens, start, stop, array("i", range(n_sequences * n)), logits)
+            binding.run(batch, tokens, start, stop, n, logits)
             if logits is not out:
                 out[:, start:stop] = logits
         else:
-            last = range(n - 1, n_sequences * n, n) if stop == n_new else ()
-            binding.run(batch, tokens, start, stop, array("i", last), out)
+            binding.run(batch, tokens, start, stop, 1 if stop == n_new else 0, out)
 
     def _bind(self, memory: Memory) -> Binding:
         binding = self._bindings.get(memory)
