@@ -11,8 +11,10 @@ from rich.console import Console
 
 from stratakv.attention.cpu import is_built, read_all
 from stratakv.bench import attention
-from stratakv.bench.attention import Cost, Point, Shape, run_attention
+from stratakv.bench.attention import AttentionReport, Point, Shape, run_attention
+from stratakv.bench.machine import Machine
 from stratakv.bench.report import attention_table
+from stratakv.bench.samples import Timing
 from stratakv.cli.bench import SHAPES
 from stratakv.errors import ConfigurationError
 
@@ -23,7 +25,7 @@ def test_a_run_has_the_documented_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "last_level_cache", lambda: 1 << 16)
     report = run_attention([Shape("tiny", 4, 2, 8)], ["fp16", "fp32"], [256, 300], rounds=2)
     found = report.to_dict()
-    assert set(found) == {"schema", "machine", "isa", "settings", "points", "targets"}
+    assert set(found) == {"schema", "machine", "isa", "settings", "points", "growth", "targets"}
     assert [(p["format"], p["n_tokens"]) for p in found["points"]] == [
         ("fp16", 256), ("fp16", 300), ("fp32", 256), ("fp32", 300),
     ]  # fmt: skip
@@ -43,8 +45,23 @@ def test_lengths_that_cannot_be_measured_are_refused(n_tokens: int) -> None:
         run_attention([Shape("tiny", 4, 2, 8)], ["fp16"], [300, n_tokens])
 
 
+def test_growth_is_fitted_by_shape_and_format_where_there_are_lengths_enough() -> None:
+    shape = Shape("x", 4, 2, 8)
+
+    def report(lengths: list[int]) -> AttentionReport:
+        points = tuple(
+            Point(shape, "fp16", n, 3, 1000, Timing.of(n, [1e-5 + 2e-8 * n] * 3), Timing.of(n, [1.0]), True, 1e9)
+            for n in lengths
+        )
+        return AttentionReport(Machine.here(), "generic", 3, 64, points)
+
+    assert report([1024, 4096, 16384]).growth == {}
+    (fit,) = report([1024, 4096, 16384, 65536]).growth.values()
+    assert fit.exponent == pytest.approx(1.0, abs=0.02)
+
+
 def test_share_and_speedup_are_of_the_medians() -> None:
-    point = Point(Shape("x", 4, 2, 8), "fp16", 10, 3, 1000, Cost(2e-6, 1e-6, 9e-6), Cost(8e-6, 8e-6, 8e-6), True, 1e9)
+    point = Point(Shape("x", 4, 2, 8), "fp16", 10, 3, 1000, Timing.of(10, [2e-6]), Timing.of(10, [8e-6]), True, 1e9)
     assert (point.share, point.speedup) == pytest.approx((0.5, 4.0))
 
 

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from stratakv.attention.cpu import is_built
 from stratakv.bench import speed
+from stratakv.bench.machine import Machine
 from stratakv.bench.report import speed_table
-from stratakv.bench.speed import KINDS, SpeedOptions, run_speed
+from stratakv.bench.speed import KINDS, Point, SpeedOptions, SpeedReport, run_speed
 from stratakv.bench.subjects import SUBJECTS, Subject, make_subject
 from stratakv.cli import bench, bench_speed
 from stratakv.errors import ConfigurationError
@@ -66,7 +67,7 @@ def test_a_run_has_the_documented_keys(kind: str, monkeypatch: pytest.MonkeyPatc
     settings = SpeedOptions(kind, (2, 4), rounds=2, steps=3, prompt_tokens=20)
     report = run_speed(subjects(), TEXT, settings, {"name": "tiny", "dtype": "fp32", "format": "fp32"})
     found = report.to_dict()
-    assert set(found) == {"schema", "machine", "model", "settings", "points"}
+    assert set(found) == {"schema", "machine", "model", "settings", "points", "growth"}
     assert [(p["subject"], p["size"]) for p in found["points"]] == [(s, n) for n in (2, 4) for s in SUBJECTS]
     for point in found["points"]:
         assert point["samples"] == (6 if kind == "decode" else 2)
@@ -76,6 +77,18 @@ def test_a_run_has_the_documented_keys(kind: str, monkeypatch: pytest.MonkeyPatc
         console = Console(width=200, record=True, file=nowhere)
         console.print(speed_table(report))
     assert "native" in console.export_text()
+
+
+def test_the_growth_of_a_step_is_fitted_where_there_are_lengths_enough() -> None:
+    def report(kind: str, sizes: tuple[int, ...]) -> SpeedReport:
+        points = tuple(Point("native", n, (0.01 + 1e-6 * n,) * 3, None) for n in sizes)
+        return SpeedReport(Machine.here(), {}, SpeedOptions(kind, sizes), points)
+
+    assert report("decode", (128, 1024, 4096)).growth == {}
+    assert report("prefill", (128, 1024, 4096, 8192)).growth == {}
+    fit = report("decode", (128, 1024, 4096, 8192)).growth["native"]
+    assert fit.exponent == pytest.approx(1.0, abs=0.02)
+    assert fit.intercept == pytest.approx(0.01, rel=0.02)
 
 
 def test_an_unknown_subject_is_refused() -> None:

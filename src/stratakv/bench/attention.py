@@ -22,8 +22,9 @@ from torch import Tensor
 
 from stratakv.attention import AttentionOptions, CpuBackend
 from stratakv.attention.cpu import read_all
+from stratakv.bench.fit import MIN_POINTS, PowerFit, fit_timings
 from stratakv.bench.machine import Machine
-from stratakv.bench.samples import seconds_of
+from stratakv.bench.samples import Timing, seconds_of
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
@@ -33,7 +34,7 @@ from stratakv.errors import ConfigurationError
 from stratakv.models import Progress, SilentProgress
 from stratakv.spec import CacheSpec, LayerSpec
 
-SCHEMA = "stratakv.bench.attention/2"
+SCHEMA = "stratakv.bench.attention/3"
 SHARE_TARGET = 0.8
 SPEEDUP_TARGET = 4.0
 LONGEST = 1 << 20
@@ -60,20 +61,6 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Seconds of one call: over the rounds, and how much they spread."""
-
-    median: float
-    smallest: float
-    largest: float
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Cost:
-        """Summarise the rounds."""
-        return cls(statistics.median(seconds), min(seconds), max(seconds))
-
-
-@dataclass(frozen=True)
 class Point:
     """One shape, format and length. The bandwidth is in bytes a second."""
 
@@ -82,8 +69,8 @@ class Point:
     n_tokens: int
     n_layers: int
     bytes_read: int  # by one call: every byte of K and V
-    paged: Cost
-    sdpa: Cost  # with enable_gqa, or grouped: what took less
+    paged: Timing
+    sdpa: Timing  # with enable_gqa, or grouped: what took less
     sdpa_is_grouped: bool
     read_bandwidth: float
 
@@ -99,19 +86,27 @@ class Point:
 
     def to_dict(self) -> dict[str, Any]:
         """As in the JSON report."""
-        return {**asdict(self), "share": self.share, "speedup": self.speedup}
+        return {
+            **asdict(self),
+            "paged": self.paged.to_dict(),
+            "sdpa": self.sdpa.to_dict(),
+            "share": self.share,
+            "speedup": self.speedup,
+        }
 
 
 @dataclass(frozen=True)
 class AttentionReport:
     """All of one run. As JSON (`to_dict`), in seconds and bytes:
 
-    schema   "stratakv.bench.attention/2"
+    schema   "stratakv.bench.attention/3"
     machine  cpu, cores, threads, load, system, python, torch, transformers, stratakv
     isa      the instruction set of the kernels
     settings rounds, block_tokens
     points   a list of {shape, format, n_tokens, n_layers, bytes_read, paged, sdpa, sdpa_is_grouped, read_bandwidth,
-             share, speedup}; paged and sdpa are {median, smallest, largest}
+             share, speedup}; paged and sdpa are {length, median_seconds, min_seconds, max_seconds, noise, samples}
+    growth   by shape and format, with four lengths or more: how the paged call's cost grows with length: {exponent,
+             low, high, intercept, slope, is_flat}, as `stratakv.bench.fit` has it
     targets  by point: whether the share is at least 0.8, and the speedup at least 4
     """
 
@@ -120,6 +115,14 @@ class AttentionReport:
     rounds: int
     block_tokens: int
     points: tuple[Point, ...]
+
+    @property
+    def growth(self) -> dict[str, PowerFit]:
+        """Of the cost of a call with length, by shape and format."""
+        timings: dict[str, list[Timing]] = {}
+        for point in self.points:
+            timings.setdefault(f"{point.shape.name} {point.format}", []).append(point.paged)
+        return {name: fit_timings(of_one) for name, of_one in timings.items() if len(of_one) >= MIN_POINTS}
 
     @property
     def targets(self) -> dict[str, bool]:
@@ -139,6 +142,7 @@ class AttentionReport:
             "isa": self.isa,
             "settings": {"rounds": self.rounds, "block_tokens": self.block_tokens},
             "points": [point.to_dict() for point in self.points],
+            "growth": {name: fit.to_dict() for name, fit in self.growth.items()},
             "targets": self.targets,
         }
 
@@ -217,8 +221,8 @@ def _measure(
         n_tokens,
         n_layers,
         bytes_read,
-        Cost.of(ours[1:]),
-        Cost.of((in_groups if is_grouped else repeated)[1:]),
+        Timing.of(n_tokens, ours[1:]),
+        Timing.of(n_tokens, (in_groups if is_grouped else repeated)[1:]),
         is_grouped,
         statistics.median(reading[1:]),
     )

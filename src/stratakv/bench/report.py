@@ -41,6 +41,7 @@ def attention_table(report: AttentionReport) -> Table:
         read = f"{p.read_bandwidth / 1e9:.1f}"
         numbers = f"{p.speedup:.1f}", f"{bandwidth:.1f}", read, f"{p.share:.0%}"
         table.add_row(p.shape.name, p.format, f"{p.n_tokens:,}", paged, sdpa, *numbers)
+    table.caption = _growth(report.growth)
     return table
 
 
@@ -61,6 +62,7 @@ def speed_table(report: SpeedReport) -> Table:
             shown = [None if s is None else n / s for s in seconds]
         middle, low, high, floor = ("" if value is None else f"{value:,.1f}" for value in shown)
         table.add_row(f"{p.size:,}", p.subject, middle, f"{low} to {high}", floor)
+    table.caption = _growth(report.growth)
     return table
 
 
@@ -94,6 +96,11 @@ def _copies(report: ScalingReport) -> Table:
 
 def _milliseconds(timing: Timing) -> str:
     return f"{timing.median * 1e3:.1f} ({timing.smallest * 1e3:.1f} to {timing.largest * 1e3:.1f})"
+
+
+def _growth(fits: dict[str, PowerFit]) -> str | None:
+    """A line for each: the exponent of the growth with length."""
+    return "\n".join(f"{name}: grows with the power {_exponent(fit)} of length" for name, fit in fits.items()) or None
 
 
 def _exponent(fit: PowerFit) -> str:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from stratakv.attention.cpu import read_all
+from stratakv.bench.fit import MIN_POINTS, PowerFit, fit_timings
 from stratakv.bench.machine import Machine
-from stratakv.bench.samples import seconds_of
+from stratakv.bench.samples import Timing, seconds_of
 from stratakv.bench.subjects import Subject
 from stratakv.blocks.ram import zeros
 from stratakv.models import Progress, SilentProgress
@@ -80,12 +81,24 @@ class SpeedReport:
               decode: of a step after `size` tokens; floor_of has weight_bytes, kv_bytes, read_bandwidth.
               prefill: of `size` tokens; floor_of has operations, operations_per_second.
               batch: of `size` requests, prompts included; no floor
+    growth    decode with four sizes or more: by subject, how the step grows with `size`: {exponent, low, high,
+              intercept, slope, is_flat}, as `stratakv.bench.fit` has it
     """
 
     machine: Machine
     model: dict[str, str]
     settings: SpeedOptions
     points: tuple[Point, ...]
+
+    @property
+    def growth(self) -> dict[str, PowerFit]:
+        """Of the cost of a decode step with length, by subject."""
+        if self.settings.kind != "decode" or len(self.settings.sizes) < MIN_POINTS:
+            return {}
+        timings: dict[str, list[Timing]] = {}
+        for point in self.points:
+            timings.setdefault(point.subject, []).append(Timing.of(point.size, point.seconds))
+        return {subject: fit_timings(of_one) for subject, of_one in timings.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON that the class describes."""
@@ -95,6 +108,7 @@ class SpeedReport:
             "model": self.model,
             "settings": {**asdict(self.settings), "sizes": list(self.settings.sizes)},
             "points": [point.to_dict() for point in self.points],
+            "growth": {subject: fit.to_dict() for subject, fit in self.growth.items()},
         }
 
 

@@ -44,9 +44,7 @@ class Binding:
         self._room: dict[str, Tensor] = {}
         self._decoder = self._make(isa, len(memory.spec.groups))
 
-    def run(
-        self, batch: SequenceBatch, tokens: Tensor, start: int, stop: int, n_wanted: int, logits: Tensor
-    ) -> None:
+    def run(self, batch: SequenceBatch, tokens: Tensor, start: int, stop: int, n_wanted: int, logits: Tensor) -> None:
         """Feed new tokens `[start, stop)` of the batch's open step.
 
         Args:
