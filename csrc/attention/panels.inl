@@ -20,9 +20,9 @@ constexpr int kPanelRows = 192;
 
 inline std::ptrdiff_t whole_panels(std::ptrdiff_t m) { return (m + kPanel - 1) / kPanel * kPanel; }
 
-template <int kWide>
+template <int kWide, int kRows = kPanel>
 struct Sums {
-  Vec of[kPanel][kWide];
+  Vec of[kRows][kWide];
 
   // of[i][.] += a[i * kAcross + k * kAlong] * b[k * kWide registers + .], over k.
   template <std::ptrdiff_t kAcross, std::ptrdiff_t kAlong>
@@ -32,7 +32,7 @@ struct Sums {
       STRATAKV_UNROLL
       for (int j = 0; j < kWide; ++j) strip[j] = Vec::load(b + j * Vec::kWidth);
       STRATAKV_UNROLL
-      for (int i = 0; i < kPanel; ++i) {
+      for (int i = 0; i < kRows; ++i) {
         const Vec number = Vec::all(a[i * kAcross]);
         STRATAKV_UNROLL
         for (int j = 0; j < kWide; ++j) of[i][j] = Vec::fma(number, strip[j], of[i][j]);
@@ -43,17 +43,18 @@ struct Sums {
   }
 };
 
-// scores[i][r] = query i . key r, for one panel [dim, kPanel] and one strip [dim, kStrip] of keys.
+// scores[i][r] = query i . key r, for the first kRows of one panel [dim, kPanel] and one strip [dim, kStrip] of keys.
+template <int kRows = kPanel>
 inline void score_panel(const float* panel, const float* strip, int dim, float* scores, std::ptrdiff_t stride) {
-  Sums<kVectors> sums;
+  Sums<kVectors, kRows> sums;
   STRATAKV_UNROLL
-  for (int i = 0; i < kPanel; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     STRATAKV_UNROLL
     for (int j = 0; j < kVectors; ++j) sums.of[i][j] = Vec::zero();
   }
   sums.template add<1, kPanel>(panel, strip, dim);
   STRATAKV_UNROLL
-  for (int i = 0; i < kPanel; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     STRATAKV_UNROLL
     for (int j = 0; j < kVectors; ++j) sums.of[i][j].store(scores + i * stride + j * Vec::kWidth);
   }

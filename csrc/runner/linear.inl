@@ -126,6 +126,15 @@ inline void pack_inputs(const LinearArguments& a, int panel, float* to) {
   }
 }
 
+// The first `rows` of a panel, at most kMost.
+template <int kMost>
+inline void score_some(int rows, const float* panel, const float* strip, int n_columns, float* to, std::ptrdiff_t stride) {
+  if constexpr (kMost > 1) {
+    if (rows < kMost) return score_some<kMost - 1>(rows, panel, strip, n_columns, to, stride);
+  }
+  score_panel<kMost>(panel, strip, n_columns, to, stride);
+}
+
 template <typename W>
 inline void linear_many(const LinearArguments& a) {
   const W* const weights = static_cast<const W*>(a.matrix.data);
@@ -140,7 +149,7 @@ inline void linear_many(const LinearArguments& a) {
   });
   in_parallel(a.n_threads, [&](int thread) {
     float* const strip = of_threads + thread * (kStrip * n_columns + kPanel * kStrip);
-    float* const edge = strip + kStrip * n_columns;  // what a panel or strip that is not whole gives
+    float* const edge = strip + kStrip * n_columns;  // what a strip that is not whole gives
     const std::ptrdiff_t n_strips = (n_rows + kStrip - 1) / kStrip;
     for (std::ptrdiff_t s = n_strips * thread / a.n_threads; s < n_strips * (thread + 1) / a.n_threads; ++s) {
       const std::ptrdiff_t row = s * kStrip;
@@ -151,8 +160,8 @@ inline void linear_many(const LinearArguments& a) {
       for (int p = 0; p < n_panels; ++p) {
         const int inputs = smaller(kPanel, a.n_inputs - p * kPanel);
         float* const y = a.y + p * kPanel * n_rows + row;
-        const bool is_whole = inputs == kPanel && some == kStrip;
-        score_panel(panels + p * kPanel * n_columns, strip, a.n_columns(), is_whole ? y : edge, is_whole ? n_rows : kStrip);
+        const bool is_whole = some == kStrip;
+        score_some<kPanel>(inputs, panels + p * kPanel * n_columns, strip, a.n_columns(), is_whole ? y : edge, is_whole ? n_rows : kStrip);
         for (int i = 0; !is_whole && i < inputs; ++i) copy(edge + i * kStrip, some, y + i * n_rows);
       }
     }

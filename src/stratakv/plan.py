@@ -129,7 +129,21 @@ class ReadPlan:
         return len(self.runs) <= 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
+class Places:
+    """The new rows that go into one slab.
+
+    `chosen`, int64 `[n]`, are the ones of all sequences' new rows, None: all of them. Each goes into row `row[i]` of
+    block `block[i]` of the slab.
+    """
+
+    slab: int
+    chosen: Tensor | None
+    block: Tensor
+    row: Tensor
+
+
+@dataclass(frozen=True)
 class WritePlan:
     """Where `n_tokens` new rows of each sequence go: row `row` of its table on.
 
@@ -141,3 +155,17 @@ class WritePlan:
     block_tokens: int
     tables: tuple[tuple[tuple[int, int], ...], ...]
     version: int
+
+    @cached_property
+    def places(self) -> tuple[Places, ...]:
+        """Where each row goes, slab by slab; the rows of a sequence follow one another."""
+        rows = torch.arange(self.row, self.row + self.n_tokens)
+        at, row = rows // self.block_tokens - self.row // self.block_tokens, rows % self.block_tokens
+        tables = torch.tensor(self.tables)  # [n_sequences, n_blocks, 2]
+        slab, block = tables[:, at, 0].flatten(), tables[:, at, 1].flatten()
+        row = row.repeat(len(self.tables))
+        slabs = slab.unique().tolist()
+        if len(slabs) == 1:
+            return (Places(slabs[0], None, block, row),)
+        chosen = [torch.nonzero(slab == s).flatten() for s in slabs]
+        return tuple(Places(s, c, block[c], row[c]) for s, c in zip(slabs, chosen, strict=True))

@@ -130,22 +130,14 @@ class Arena:
         """
         self.check_version(plan)
         spec = self.spec.members[member]
-        rows = torch.arange(plan.row, plan.row + plan.n_tokens)
-        at, row = rows // plan.block_tokens - plan.row // plan.block_tokens, rows % plan.block_tokens
-        tables = torch.tensor(plan.tables)  # [n_sequences, n_blocks, 2]
-        slab, block = tables[:, at, 0].flatten(), tables[:, at, 1].flatten()
-        row = row.repeat(len(plan.tables))
         keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))  # [n_sequences * n_tokens, n_heads, d]
-        for s in slab.unique().tolist():
-            chosen = torch.nonzero(slab == s).flatten()
-            everything = len(chosen) == len(slab)
-            pages = self.slabs[s].members[member]
-            where = (block, row) if everything else (block[chosen], row[chosen])
+        for place in plan.places:
+            pages = self.slabs[place.slab].members[member]
             for codec, layout, part, new in (
                 (self.k_codec, spec.k_layout, _k_pages(pages, spec), keys),
                 (self.v_codec, spec.v_layout, _v_pages(pages, spec), values),
             ):
-                codec.encode(layout, part, *where, new if everything else new[chosen])
+                codec.encode(layout, part, place.block, place.row, new if place.chosen is None else new[place.chosen])
 
     def read(self, member: int, plan: ReadPlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The stored rows of one member, decoded.
