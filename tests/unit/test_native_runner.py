@@ -266,7 +266,7 @@ def test_places_for_logits_that_do_not_fit_are_refused(out: Any) -> None:
         runner.forward(batch, some_tokens(1, 5), out=out)
     assert not batch.sequences
     with pytest.raises(ConfigurationError, match="new_batch"):
-        runner.forward(None, some_tokens(1, 5))  # type: ignore[arg-type]
+        runner.forward(None, some_tokens(1, 5))  # type: ignore[arg-type]  # on purpose
 
 
 def test_a_forward_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from stratakv.bench.samples import seconds_of
 from stratakv.blocks.geometry import build_spec
+from stratakv.codecs.floats import FORMAT_OF_DTYPE
 from stratakv.errors import ConfigurationError
 from stratakv.integrations.transformers import KVCache, attach
 from stratakv.integrations.transformers.compat import DynamicCache, cache_keyword
 from stratakv.integrations.transformers.geometry import layer_specs, servable_layers
 from stratakv.models.native import NativeRunner
-from stratakv.models.native.runner import FORMAT_OF
 from stratakv.spec import CacheSpec
 
 
@@ -110,7 +110,7 @@ class NativeSubject(Subject):
 class _ModelSubject(Subject):
     def __init__(self, model: Any, new_cache: Callable[[], Any], format: str | None = None) -> None:
         super().__init__(model, model.dtype)
-        stored = format or FORMAT_OF[model.dtype]
+        stored = format or FORMAT_OF_DTYPE[model.dtype]
         layers = layer_specs(model.config, servable_layers(model))
         self._spec = build_spec(layers, k_format=stored, v_format=stored)
         self._model, self._new_cache = model, new_cache

@@ -89,6 +89,10 @@ class Float16(FloatCodec):
         return values if values.dtype == self.dtype else _saturated(values, self.dtype)
 
 
+FORMAT_OF_DTYPE = {codec.dtype: codec.name for codec in (Float32, BFloat16, Float16)}
+"""The format that stores numbers of a dtype exactly."""
+
+
 def _saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
     largest = torch.finfo(dtype).max
     converted = values.to(dtype)

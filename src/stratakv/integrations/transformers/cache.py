@@ -14,6 +14,7 @@ from stratakv.blocks.budget import Budget
 from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
 from stratakv.codecs import codec_names
+from stratakv.codecs.floats import FORMAT_OF_DTYPE
 from stratakv.errors import ConfigurationError, StateError, UnsupportedError
 from stratakv.integrations.transformers.compat import (
     PreTrainedModel,
@@ -27,8 +28,6 @@ from stratakv.integrations.transformers.tickets import issue
 from stratakv.policies import RetentionPolicy
 from stratakv.spec import CacheSpec, LayerSpec
 from stratakv.units import parse_bytes
-
-FORMAT_OF_DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class KVCache(CacheState):

@@ -13,6 +13,7 @@ from stratakv.attention.cpu import NUMBER_TYPES, load_kernels
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
+from stratakv.codecs.floats import FORMAT_OF_DTYPE
 from stratakv.errors import CapacityError, ConfigurationError
 from stratakv.models.native.architecture import Architecture, architecture_of
 from stratakv.models.native.binding import Binding
@@ -20,7 +21,6 @@ from stratakv.models.native.rotation import Rotations
 from stratakv.models.native.weights import Weights
 from stratakv.policies import RetentionPolicy
 
-FORMAT_OF = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 MOST_ROWS = 512
 """Rows (sequences times new tokens) that one pass through the layers takes."""
@@ -63,7 +63,7 @@ class NativeRunner:
         Raises:
             ConfigurationError: another format than those in `FORMATS`, a block of no tokens.
         """
-        format = format or FORMAT_OF[self.weights.dtype]
+        format = format or FORMAT_OF_DTYPE[self.weights.dtype]
         layers = self.architecture.layer_specs()
         spec = build_spec(layers, k_format=format, v_format=format, block_tokens=block_tokens, policy=policy)
         return SequenceBatch(Memory(spec, device=torch.device("cpu")), policy)
