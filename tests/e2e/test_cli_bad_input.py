@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from typer.testing import CliRunner
 
 from stratakv.cli import options
 from stratakv.cli.app import COMMANDS, build_app
-from stratakv.errors import CapacityError, InvariantError
+from stratakv.cli.options import check_report, write_report
+from stratakv.errors import CapacityError, ConfigurationError, InvariantError
 
 pytestmark = pytest.mark.usefixtures("using_smollm2_cache")
 
@@ -143,3 +146,29 @@ def test_choices_are_those_of_the_library() -> None:
 
     assert codec_names() == options.FORMATS
     assert LAYOUTS == options.LAYOUTS
+
+
+def test_looking_at_where_a_report_goes_changes_nothing(tmp_path: Path) -> None:
+    link, pipe = tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "target.json")
+    check_report(link)
+    assert link.is_symlink() and not link.exists()
+    os.mkfifo(pipe)
+    check_report(pipe)  # opening it would wait for a reader
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    check_report(pipe)  # and here end its reading
+    write_report(pipe, {"a": 1})
+    reader.join(timeout=30)
+    assert read == ['{\n  "a": 1\n}\n']
+    kept = tmp_path / "kept.json"
+    kept.write_text("old")
+    check_report(kept)
+    assert kept.read_text() == "old"
+    with pytest.raises(ConfigurationError):
+        check_report(tmp_path)
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(ConfigurationError):
+        check_report(loop)

@@ -21,7 +21,7 @@ def arena_of(*slabs: int, name: str = "fp32", span: int = SPAN) -> Arena:
     spec = build_spec(LAYERS, k_format=name, v_format=name, block_tokens=span)
     arena = Arena(spec.groups[0], get_codec(name), get_codec(name), torch.device("cpu"))
     for n_blocks in slabs:
-        arena.grow(n_blocks)
+        arena.extend(arena.new_slabs(n_blocks, arena.spec))
     return arena
 
 
@@ -99,7 +99,7 @@ def test_growth_keeps_what_is_there_and_copies_nothing() -> None:
     write(arena, 0, [[0, 1]], 0, (keys, values))
     addresses = [tensor.data_ptr() for tensor in arena.slabs[0].members]
     before = arena.nbytes
-    arena.grow(3)
+    arena.extend(arena.new_slabs(3, arena.spec))
     assert [tensor.data_ptr() for tensor in arena.slabs[0].members] == addresses
     assert arena.bytes_copied == 0
     assert (arena.n_blocks, arena.nbytes) == (5, before // 2 * 5)

@@ -282,6 +282,20 @@ def test_the_best_backend_that_serves_a_call_is_chosen() -> None:
     assert backend_for(view, AttentionOptions(0.3), torch.float64).name == "reference"
 
 
+@every_isa
+def test_numbers_that_are_stored_with_the_other_sign_are_read_as_what_they_are(isa: str) -> None:
+    view, query = make_view(1, 1, 20, 20, k_dim=8, v_dim=8, block_tokens=16), queries(1, 1, 20, 8)
+    table = torch._neg_view(queries(1, 1, 20, 20))
+    sinks = torch._neg_view(torch.tensor([2.0]))
+    assert_right(isa, view, torch._neg_view(query), AttentionOptions(0.3))
+    for options in (
+        AttentionOptions(0.3, mask=table),
+        AttentionOptions(0.3, bias=table),
+        AttentionOptions(0.3, sinks=sinks),
+    ):
+        assert_right(isa, view, query, options)
+
+
 def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigurationError, match="sse9"):
         CpuBackend("sse9")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.llama import modeling_llama
 
 from stratakv.attention.cpu import is_built
 from stratakv.errors import ConfigurationError, UnsupportedError
@@ -127,6 +129,28 @@ def with_another_attention(model: Any) -> None:
     model.config._attn_implementation = "doubled"
 
 
+def with_a_wrapped_hook(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.register_forward_hook(functools.wraps(type(mlp).forward)(lambda module, given, found: 2 * found))
+
+
+def with_a_compiled_call(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp._compiled_call_impl = lambda x: 2 * type(mlp).forward(mlp, x)
+
+
+def with_another_config_inside(model: Any) -> None:
+    model.model.config = copy.deepcopy(model.config)
+    model.model.config.num_hidden_layers = 1
+
+
+def with_another_attention_in_one_layer(model: Any) -> None:
+    AttentionInterface.register("doubled", lambda *_, **__: 1 / 0)
+    attention = model.model.layers[0].self_attn
+    attention.config = copy.deepcopy(model.config)
+    attention.config._attn_implementation = "doubled"
+
+
 def in_both_directions(model: Any) -> None:
     model.config.is_causal = False
 
@@ -152,6 +176,10 @@ CHANGES: list[Callable[[Any], None]] = [
     with_another_tensor,
     with_sparse_weight,
     with_another_attention,
+    with_a_wrapped_hook,
+    with_a_compiled_call,
+    with_another_config_inside,
+    with_another_attention_in_one_layer,
     in_both_directions,
     without_memory,
 ]
@@ -189,6 +217,48 @@ def test_a_class_that_was_patched_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda module, x: x)
     with pytest.raises(UnsupportedError, match="forward of LlamaMLP"):
         NativeRunner(model)
+
+
+def doubled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As a package would have it whose name begins like torch's, and which says that it is what it wraps."""
+    source = "from functools import wraps\ndef double(f):\n    return wraps(f)(lambda *a, **k: 2 * f(*a, **k))"
+    names: dict[str, Any] = {"__name__": "torch_tricks"}
+    exec(source, names)
+    return cast("Callable[..., Any]", names["double"](function))
+
+
+@pytest.mark.parametrize("method", ["forward", "__call__"])
+def test_a_class_that_was_patched_by_a_wrapper_is_refused(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    mlp = type(model.model.layers[0].mlp)
+    monkeypatch.setattr(mlp, method, doubled(getattr(mlp, method)))
+    with pytest.raises(UnsupportedError, match="forward of LlamaMLP is one of torch_tricks"):
+        NativeRunner(model)
+
+
+def test_hooks_on_all_modules_are_refused() -> None:
+    model = tiny_llama()
+    hook = nn.modules.module.register_module_forward_hook(lambda module, given, found: None)
+    try:
+        with pytest.raises(UnsupportedError, match="hooks for all modules"):
+            NativeRunner(model)
+    finally:
+        hook.remove()
+    NativeRunner(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_functions_replaced_within_transformers_show_in_the_logits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama().train()
+    right = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: right(q, k, sin, cos))
+    with pytest.raises(UnsupportedError, match="computes something else"):
+        NativeRunner(model, dtype=dtype)
+    monkeypatch.undo()
+    NativeRunner(model, dtype=dtype)
+    assert all(module.training for module in model.modules())
 
 
 def test_logits_may_be_written_into() -> None:

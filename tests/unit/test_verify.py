@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from stratakv.blocks import memory
+from stratakv.blocks.advance import Advance, plan_advance
 from stratakv.blocks.arena import Arena
 from stratakv.blocks.batch import Checkpoint, SequenceBatch
-from stratakv.blocks.sequence import Growth, Sequence
+from stratakv.blocks.sequence import Growth
 from stratakv.blocks.view import KVView
 from stratakv.errors import ConfigurationError
 from stratakv.integrations.transformers import KVCache, attach
@@ -116,13 +118,14 @@ def two_blocks_swapped(patch: pytest.MonkeyPatch) -> None:
 
 
 def shared_blocks_written_in_place(patch: pytest.MonkeyPatch) -> None:
-    right = Sequence.growth
+    def advance(*args: Any) -> Advance:
+        planned = plan_advance(*args)
+        for i, (sequence, g, growth) in enumerate(planned.growths):
+            if growth.replaces is not None:
+                planned.growths[i] = (sequence, g, Growth(growth.n_blocks - 1, None))
+        return planned
 
-    def growth(self: Sequence, group: int, n_tokens: int) -> Growth:
-        found = right(self, group, n_tokens)
-        return found if found.replaces is None else Growth(found.n_blocks - 1, None)
-
-    patch.setattr(Sequence, "growth", growth)
+    patch.setattr(memory, "plan_advance", advance)
 
 
 def one_row_too_many_after_truncation(patch: pytest.MonkeyPatch) -> None:

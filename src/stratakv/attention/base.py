@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stratakv.blocks.view import KVView
+from stratakv.blocks.view import KVPart, KVView
 from stratakv.errors import ConfigurationError
 
 
@@ -70,6 +70,11 @@ class AttentionBackend(ABC):
             `[n_sequences, n_query_heads, n_new]`, the logarithm of the sum of exponentiated scores (sinks left out).
             A query that sees no row gets zeros and -inf.
         """
+
+
+def query_heads(part: KVPart, group: int) -> Tensor:
+    """The query heads that attend to the KV heads of `part`, `group` for each of them, in RAM."""
+    return torch.tensor([head * group + g for head in part.heads for g in range(group)], device="cpu")
 
 
 def check_call(query: Tensor, view: KVView, options: AttentionOptions) -> None:

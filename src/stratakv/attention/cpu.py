@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stratakv.attention.base import AttentionBackend, AttentionOptions, check_call, hidden_below
+from stratakv.attention.base import AttentionBackend, AttentionOptions, check_call, hidden_below, query_heads
 from stratakv.blocks.view import KVPart, KVView
+from stratakv.codecs.floats import FORMAT_OF_DTYPE
 from stratakv.errors import ConfigurationError, InvariantError, UnsupportedError
 from stratakv.plan import ReadPlan
 
@@ -24,7 +25,7 @@ _Step = tuple[Any, tuple[object, ...]]
 """A call of a kernel, and what it has the addresses of."""
 
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2}
+FORMATS = {FORMAT_OF_DTYPE[dtype]: number for dtype, number in NUMBER_TYPES.items()}
 MASK_BOOL, MASK_FLOAT, MASK_BIAS = 1, 2, 3
 MOST_POSITIONS = 2**31 - 1
 PREFILL_QUERIES = 24
@@ -102,6 +103,7 @@ class CpuBackend(AttentionBackend):
         if reason := self.supports(view, options, query.dtype):
             raise ConfigurationError(f"the kernels do not serve this call: {reason}")
         n_sequences, n_query_heads, n_new, _ = query.shape
+        query = query.resolve_neg()
         query = query if query.stride(3) == 1 else query.contiguous()
         group = n_query_heads // view.n_kv_heads
         out = query.new_empty((n_sequences, n_new, n_query_heads, view.v_dim)).transpose(1, 2)
@@ -111,7 +113,7 @@ class CpuBackend(AttentionBackend):
             if part.heads == tuple(range(view.n_kv_heads)):
                 self._run_part(query, part, view, options, table, kind, group, out, lse)
                 continue
-            heads = torch.tensor([head * group + g for head in part.heads for g in range(group)], device="cpu")
+            heads = query_heads(part, group)
             shape = (n_sequences, n_new, len(heads), view.v_dim)
             own = query.new_empty(shape).transpose(1, 2), lse.new_empty(shape[0], shape[2], shape[1])
             chosen = table if table is None or table.shape[1] == 1 else table[:, heads]
@@ -138,7 +140,7 @@ class CpuBackend(AttentionBackend):
             step, _held = self._plain_step(part, view, options, group, query.dtype)
         else:
             sinks = options.sinks if options.sinks is None or heads is None else options.sinks[heads]
-            sinks = None if sinks is None else sinks.float().contiguous()
+            sinks = None if sinks is None else sinks.float().resolve_neg().contiguous()
             step, _held = self._make_step(part, view, options, group, query.dtype, sinks)
             _set_mask(step, table, kind, options.mask_offset)
         addresses, _slabs = part.arena.addresses(part.member)
@@ -236,6 +238,7 @@ def _hiding(mask: Tensor, added: Tensor | float = 0.0) -> Tensor:
 
 
 def _dense(table: Tensor) -> Tensor:
+    table = table.resolve_neg()
     return table if table.stride(3) == 1 or table.shape[3] == 1 else table.contiguous()
 
 

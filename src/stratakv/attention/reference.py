@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stratakv.attention.base import AttentionBackend, AttentionOptions, apply_sinks, check_call, hidden_below
+from stratakv.attention.base import (
+    AttentionBackend,
+    AttentionOptions,
+    apply_sinks,
+    check_call,
+    hidden_below,
+    query_heads,
+)
 from stratakv.blocks.view import KVPart, KVView
 from stratakv.spec import Retention
 
@@ -32,7 +39,7 @@ class ReferenceBackend(AttentionBackend):
         out = query.new_empty((n_sequences, n_query_heads, n_new, view.v_dim))
         lse = torch.empty((n_sequences, n_query_heads, n_new), dtype=compute, device=query.device)
         for part in view.parts:
-            heads = torch.tensor([head * group + g for head in part.heads for g in range(group)])
+            heads = query_heads(part, group)
             keys, values = part.read(compute)
             for chosen, seen in _portions(n_new, n_sequences * len(heads) * part.plan.n_rows, view, query.device):
                 scores_mask = _Columns(part, options, heads, chosen, seen)

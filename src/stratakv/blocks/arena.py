@@ -15,6 +15,9 @@ from stratakv.errors import InvariantError, StateError
 from stratakv.plan import BlockTable, ReadPlan, Segment, WritePlan
 from stratakv.spec import GroupSpec, Member
 
+SLAB_BLOCKS = 16
+"""A slab has up to this many blocks, so that a good part of a long prompt's can be given back one by one."""
+
 _Pages = Callable[[Tensor, Member], Tensor]
 
 
@@ -54,9 +57,22 @@ class Arena:
         """Bytes allocated."""
         return sum(tensor.numel() for slab in self.slabs for tensor in slab.members)
 
-    def grow(self, n_blocks: int) -> None:
-        """Add a slab of `n_blocks` blocks."""
-        self.slabs.append(Slab(self.n_blocks, n_blocks, self._new_members(n_blocks)))
+    def new_slabs(self, n_blocks: int, spec: GroupSpec) -> list[Slab]:
+        """Empty slabs with `n_blocks` blocks more, laid out as `spec` says, for `extend`.
+
+        Raises:
+            MemoryError: the system has no room for them.
+        """
+        first = self.n_blocks
+        return [
+            Slab(first + done, n, self._new_members(n, spec))
+            for done in range(0, n_blocks, SLAB_BLOCKS)
+            for n in (min(SLAB_BLOCKS, n_blocks - done),)
+        ]
+
+    def extend(self, slabs: Sequence[Slab]) -> None:
+        """Take in slabs of `new_slabs`."""
+        self.slabs.extend(slabs)
         self._addresses = {}
 
     def shrink(self, n_blocks: int) -> int:
@@ -244,11 +260,11 @@ class Arena:
         self._addresses = {}
         self.version += 1
 
-    def _new_members(self, n_blocks: int) -> list[Tensor]:
+    def _new_members(self, n_blocks: int, spec: GroupSpec) -> list[Tensor]:
         """The members' bytes for a slab; side by side in RAM where that makes them long enough for large pages."""
-        sizes = [n_blocks * member.nbytes for member in self.spec.members]
+        sizes = [n_blocks * member.nbytes for member in spec.members]
         if self.device.type != "cpu" or max(sizes) >= LEAST_BYTES or sum(sizes) < LEAST_BYTES:
-            return [self._zeros(n_blocks, member) for member in self.spec.members]
+            return [self._zeros(n_blocks, member) for member in spec.members]
         return [part.view(n_blocks, -1) for part in zeros(sum(sizes)).split(sizes)]
 
     def _zeros(self, n_blocks: int, member: Member) -> Tensor:

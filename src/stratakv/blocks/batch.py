@@ -83,20 +83,17 @@ class SequenceBatch:
             )
         if self.sequences and len(self.sequences) != n_sequences:
             raise StateError(f"the cache holds {len(self.sequences)} sequences, this forward has {n_sequences}")
-        if not self.recording:
-            if changes := self._evictions():
-                self.memory.foresee(self.sequences, n_tokens, changes)
-            self._complete = None
-            self.memory.compact(changes)
+        changes = [] if self.recording else self._evictions()
         is_first = not self.sequences
         if is_first:
             self.sequences = [self.memory.new_sequence() for _ in range(n_sequences)]
         try:
-            self.memory.append(self.sequences, n_tokens)
+            self.memory.append(self.sequences, n_tokens, changes)
         except BaseException:
             if is_first:
                 self.sequences = []
             raise
+        self._complete = None
         self._step = Step(n_tokens)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> KVView:

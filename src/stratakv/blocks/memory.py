@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 
 import torch
 
+from stratakv.blocks.advance import Advance, Change, plan_advance
 from stratakv.blocks.arena import Arena
 from stratakv.blocks.audit import MemoryUsage, audit
 from stratakv.blocks.budget import Budget
-from stratakv.blocks.compaction import plan_compaction
+from stratakv.blocks.consolidation import consolidate, give_back
 from stratakv.blocks.geometry import with_block_tokens, with_layer
 from stratakv.blocks.pool import BlockPool
 from stratakv.blocks.sequence import GroupTable, Ledger, Sequence
 from stratakv.codecs import get_codec
 from stratakv.errors import CapacityError, StateError
-from stratakv.plan import KeepPlan
 from stratakv.spec import CacheSpec, LayerSpec
 
 SLAB_BYTES = 64 << 20
 """Growth adds an eighth of what exists, beyond what is needed now, up to this."""
-
-SLAB_BLOCKS = 16
-"""A slab has up to this many blocks, so that a good part of a long prompt's can be given back one by one."""
 
 
 class Memory:
@@ -109,84 +106,48 @@ class Memory:
             self._freed(sequence.truncate(n_tokens))
         self._shrink()
 
-    def append(self, sequences: Seq[Sequence], n_tokens: int) -> None:
+    def append(self, sequences: Seq[Sequence], n_tokens: int, changes: Seq[Change] = ()) -> None:
         """Make room for `n_tokens` more rows in every group of every sequence, or change nothing.
 
+        Args:
+            sequences: what grows.
+            n_tokens: rows.
+            changes: compactions to do first, whose blocks serve the new rows.
+
         Raises:
-            CapacityError: over the capacity or over `max_bytes`.
+            ConfigurationError: a change names positions that are not stored.
+            CapacityError: over the capacity or over `max_bytes`, or the system has no more memory.
         """
         self.settle_orphans()
-        self._fit_rows(sequences, n_tokens)
-        planned = []
-        wanted = [0] * len(self.arenas)
-        for g in range(len(self.arenas)):
-            leaving = Counter[int]()  # of sequences that share a last block, the last one keeps it
-            for sequence in sequences:
-                growth = sequence.growth(g, n_tokens, leaving)
-                if growth.replaces is not None:
-                    leaving[growth.replaces] += 1
-                wanted[g] += growth.n_blocks
-                planned.append((sequence, g, growth))
-        self._reserve(wanted)
+        spec = self._fitting_spec(self._check_capacity(sequences, n_tokens))
+        advance = plan_advance(self.ledger, spec.groups, sequences, n_tokens, changes)
+        self._reserve(advance.n_free, spec)
+        self._compact(advance)
         with ExitStack() as undo:
             new_blocks = []
-            for _, g, growth in planned:
+            for _, g, growth in advance.growths:
                 blocks = self._claimed(g, growth.n_blocks, undo)
                 new_blocks.append(blocks)
                 if growth.replaces is not None:
                     self.arenas[g].copy([(growth.replaces, blocks[0])])
             undo.pop_all()  # nothing can fail from here on
-        for (sequence, g, growth), blocks in zip(planned, new_blocks, strict=True):
+        for (sequence, g, growth), blocks in zip(advance.growths, new_blocks, strict=True):
             sequence.append(g, n_tokens, growth, blocks)
+        if changes:
+            self.settle()
 
-    def compact(self, changes: Seq[tuple[Sequence, int, KeepPlan]]) -> None:
+    def compact(self, changes: Seq[Change]) -> None:
         """Keep only the rows of each plan in one group of one sequence, and free the blocks that are left over.
 
         Raises:
             ConfigurationError: a plan names positions that are not stored.
             CapacityError: rows have to move and no blocks are left to move them into. Nothing was changed.
         """
-        planned = []
-        wanted = [0] * len(self.arenas)
-        for sequence, g, plan in changes:
-            table = sequence.tables[g]
-            change = plan_compaction(table.block_ids, table.runs, self.arenas[g].spec.block_tokens, plan)
-            wanted[g] += change.n_new
-            planned.append((sequence, g, plan, change))
-        self._reserve(wanted)
-        with ExitStack() as undo:
-            new_blocks = []
-            for sequence, g, _, change in planned:
-                blocks = self._claimed(g, change.n_new, undo)
-                new_blocks.append(blocks)
-                if blocks:
-                    self.arenas[g].move_rows(change.rows, sequence.tables[g].block_ids, blocks)
-            undo.pop_all()  # nothing can fail from here on
-        for (sequence, g, plan, change), blocks in zip(planned, new_blocks, strict=True):
-            freed = sequence.compact(g, plan, change, blocks)
-            self._freed([freed if each == g else [] for each in range(len(self.arenas))])
-        self.settle()
-
-    def foresee(self, sequences: Seq[Sequence], n_tokens: int, changes: Seq[tuple[Sequence, int, KeepPlan]]) -> None:
-        """See that after compacting by `changes` there will be room to append `n_tokens`. Changes nothing.
-
-        Raises:
-            CapacityError: there will not be.
-        """
         self.settle_orphans()
-        self._check_capacity(sequences, n_tokens)
-        wanted = [sum(s.growth(g, n_tokens).n_blocks for s in sequences) for g in range(len(self.arenas))]
-        dropped = [Counter[int]() for _ in self.arenas]
-        for sequence, g, plan in changes:
-            table = sequence.tables[g]
-            change = plan_compaction(table.block_ids, table.runs, self.arenas[g].spec.block_tokens, plan)
-            wanted[g] += change.n_new
-            dropped[g].update(change.dropped)
-        needed = 0
-        for pool, group, n, gone in zip(self.ledger.pools, self.spec.groups, wanted, dropped, strict=True):
-            freed = sum(pool.references(block) == times for block, times in gone.items())
-            needed += max(n - pool.n_free - freed, 0) * group.bytes_per_block
-        self.budget.check(needed)
+        advance = plan_advance(self.ledger, self.spec.groups, (), 0, changes)
+        self._reserve(advance.n_free, self.spec)
+        self._compact(advance)
+        self.settle()
 
     def respec_layer(self, layer: LayerSpec) -> None:
         """Take on other heads or head dims for a layer of which nothing is stored yet.
@@ -211,7 +172,7 @@ class Memory:
         Raises:
             CapacityError: over `max_bytes`.
         """
-        self._reserve([n_blocks if g == group else 0 for g in range(len(self.arenas))])
+        self._reserve([n_blocks if g == group else 0 for g in range(len(self.arenas))], self.spec)
         return self.ledger.pools[group].alloc(n_blocks)
 
     def settle_orphans(self) -> None:
@@ -224,7 +185,8 @@ class Memory:
         """Release what was garbage collected, and give back the slabs that are not needed."""
         held = [*self._live, *self._cached]  # none of these can become an orphan from here on
         self.settle_orphans()
-        self._consolidate(held)
+        for g, (pool, arena) in enumerate(zip(self.ledger.pools, self.arenas, strict=True)):
+            consolidate(pool, arena, [sequence.tables[g] for sequence in held])
         self._shrink()
 
     def check(self) -> MemoryUsage:
@@ -246,35 +208,27 @@ class Memory:
         weakref.finalize(sequence, self._orphans.append, sequence.tables).atexit = False
         return sequence
 
-    def _fit_rows(self, sequences: Seq[Sequence], n_tokens: int) -> None:
-        """In the layouts with one block a sequence, see that `n_tokens` more rows fit into a block."""
-        n_rows = self._check_capacity(sequences, n_tokens)
-        spec = self.spec
-        if spec.layout != "growing":
-            return
-        spans = [g.block_tokens if g.retention.window else _doubled(g.block_tokens, n_rows) for g in spec.groups]
-        larger = with_block_tokens(spec, spans)
-        if larger == spec:
-            return
-        added = 0
-        for g, (new, old, arena) in enumerate(zip(larger.groups, spec.groups, self.arenas, strict=True)):
-            n_needed = sum(
-                new.blocks_for(s.tables[g].n_rows + n_tokens)
-                - len(s.tables[g].block_ids)
-                + any(self.ledger.pools[g].references(block) > 1 for block in s.tables[g].block_ids[-1:])
-                for s in sequences
-            )
-            n_added = max(n_needed - self.ledger.pools[g].n_free, 0)
-            added += (new.bytes_per_block - old.bytes_per_block) * arena.n_blocks + n_added * new.bytes_per_block
-        self.budget.check(added)
-        try:
-            slabs = [arena.enlarged_slabs(group) for arena, group in zip(self.arenas, larger.groups, strict=True)]
-        except MemoryError as error:
-            raise CapacityError(f"the system has no {added:,} bytes more for the cache; nothing was changed") from error
-        self._adopt_spec(larger)
-        for arena, group, new_slabs in zip(self.arenas, larger.groups, slabs, strict=True):
-            if arena.spec != group:
-                arena.enlarge(group, new_slabs)
+    def _fitting_spec(self, n_rows: int) -> CacheSpec:
+        """In the layout whose blocks grow, the one whose blocks hold `n_rows` rows."""
+        groups = self.spec.groups
+        if self.spec.layout != "growing":
+            return self.spec
+        spans = [g.block_tokens if g.retention.window else _doubled(g.block_tokens, n_rows) for g in groups]
+        return with_block_tokens(self.spec, spans)
+
+    def _compact(self, advance: Advance) -> None:
+        """Do the compactions, or nothing. The blocks they take are free."""
+        with ExitStack() as undo:
+            new_blocks = []
+            for sequence, g, _, change in advance.compactions:
+                blocks = self._claimed(g, change.n_new, undo)
+                new_blocks.append(blocks)
+                if blocks:
+                    self.arenas[g].move_rows(change.rows, sequence.tables[g].block_ids, blocks)
+            undo.pop_all()  # nothing can fail from here on
+        for (sequence, g, plan, change), blocks in zip(advance.compactions, new_blocks, strict=True):
+            freed = sequence.compact(g, plan, change, blocks)
+            self._freed([freed if each == g else [] for each in range(len(self.arenas))])
 
     def _claimed(self, group: int, n_blocks: int, undo: ExitStack) -> list[int]:
         """`n_blocks` of the free blocks, which `undo` gives back."""
@@ -290,36 +244,45 @@ class Memory:
             raise CapacityError(f"{n_rows} tokens do not fit into the capacity of {capacity}; nothing was changed")
         return n_rows
 
-    def _reserve(self, wanted: Seq[int]) -> None:
-        """Have `wanted[g]` free blocks in each group, or raise CapacityError and change nothing."""
+    def _reserve(self, wanted: Seq[int], spec: CacheSpec) -> None:
+        """Have `wanted[g]` free blocks in each group, of the size that `spec` has, or raise CapacityError.
+
+        Raises:
+            CapacityError: over `max_bytes`, or the system has no more memory. Nothing was changed.
+        """
         short = [max(n - pool.n_free, 0) for n, pool in zip(wanted, self.ledger.pools, strict=True)]
-        if not any(short):
+        if not any(short) and spec == self.spec:
             return
-        sizes = [group.bytes_per_block for group in self.spec.groups]
+        sizes = [group.bytes_per_block for group in spec.groups]
         generous = [
             max(n, min(pool.n_total // 8, SLAB_BYTES // size)) if n and self._is_paged(g) else n
             for g, (n, pool, size) in enumerate(zip(short, self.ledger.pools, sizes, strict=True))
         ]
-        needed = sum(n * size for n, size in zip(short, sizes, strict=True))
+        enlarging = sum(
+            (size - old.bytes_per_block) * arena.n_blocks
+            for size, old, arena in zip(sizes, self.spec.groups, self.arenas, strict=True)
+        )
+        needed = enlarging + sum(n * size for n, size in zip(short, sizes, strict=True))
         self.budget.check(needed)
-        if not self.budget.allows(sum(n * s for n, s in zip(generous, sizes, strict=True))):
+        if not self.budget.allows(enlarging + sum(n * s for n, s in zip(generous, sizes, strict=True))):
             generous = short
-        grown: list[Arena] = []
         try:
-            for n, arena in zip(generous, self.arenas, strict=True):
-                for part in (min(SLAB_BLOCKS, n - done) for done in range(0, n, SLAB_BLOCKS)):
-                    arena.grow(part)
-                    grown.append(arena)
-        except BaseException as error:
-            for arena in grown:
-                arena.shrink(arena.slabs[-1].first)
-            if not isinstance(error, MemoryError):
-                raise
+            prepared = [
+                (arena.enlarged_slabs(group) if group != arena.spec else None, arena.new_slabs(n, group))
+                for n, arena, group in zip(generous, self.arenas, spec.groups, strict=True)
+            ]
+        except MemoryError as error:
             raise CapacityError(
                 f"the system has no {needed:,} bytes more for the cache; nothing was changed"
             ) from error
-        for n, pool in zip(generous, self.ledger.pools, strict=True):
-            pool.grow(n)
+        for (enlarged, added), pool, arena, group in zip(
+            prepared, self.ledger.pools, self.arenas, spec.groups, strict=True
+        ):
+            if enlarged is not None:
+                arena.enlarge(group, enlarged)
+            arena.extend(added)
+            pool.grow(sum(slab.n_blocks for slab in added))
+        self._adopt_spec(spec)
 
     def _is_paged(self, group: int) -> bool:
         return self.spec.layout == "paged" or self.spec.groups[group].retention.window is not None
@@ -330,41 +293,8 @@ class Memory:
                 arena.poison(freed)
 
     def _shrink(self) -> None:
-        """Give back free last slabs, as long as an eighth of the rest is free too: a decode must not thrash."""
         for pool, arena in zip(self.ledger.pools, self.arenas, strict=True):
-            while arena.slabs and arena.slabs[-1].first > pool.highest_held():
-                left = arena.slabs[-1].first
-                if left and pool.n_free - arena.slabs[-1].n_blocks < max(1, left // 8):
-                    break
-                pool.shrink(arena.shrink(left))
-
-    def _consolidate(self, sequences: Seq[Sequence]) -> None:
-        """Move the blocks held in last slabs to free places before them, where that frees slabs to give back.
-
-        Done between steps only. Plans that other caches over this memory hold from their last step become void.
-        """
-        for g, (pool, arena) in enumerate(zip(self.ledger.pools, self.arenas, strict=True)):
-            n_left, n_free = arena.n_blocks, pool.n_free
-            moving: list[int] = []
-            for slab in reversed(arena.slabs):
-                n_free -= slab.n_blocks
-                if not slab.first or n_free < max(1, slab.first // 8):
-                    break
-                n_left = slab.first
-                moving.extend(b for b in range(slab.first, slab.first + slab.n_blocks) if pool.references(b))
-            self._move_blocks(g, sorted(block for block in moving if block >= n_left), sequences)
-
-    def _move_blocks(self, group: int, blocks: Seq[int], sequences: Seq[Sequence]) -> None:
-        """Let the lowest free blocks take the place of `blocks`, in the tables of all `sequences` there are."""
-        if not blocks:
-            return
-        pool = self.ledger.pools[group]
-        moved = dict(zip(blocks, pool.lowest_free(len(blocks)), strict=True))
-        self.arenas[group].relocate(moved.items())  # first what can fail
-        pool.relocate(moved)
-        for sequence in sequences:
-            table = sequence.tables[group]
-            table.block_ids[:] = [moved.get(block, block) for block in table.block_ids]
+            give_back(pool, arena)
 
     def _adopt_spec(self, spec: CacheSpec) -> None:
         self.spec = spec

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from stratakv.blocks.compaction import Compaction
@@ -66,17 +65,6 @@ class Sequence:
     def stored_tokens(self) -> int:
         """Rows stored in the group that stores most."""
         return max((table.n_rows for table in self.tables), default=0)
-
-    def growth(self, group: int, n_tokens: int, leaving: Mapping[int, int] | None = None) -> Growth:
-        """The blocks that `append` needs in `group`. A partial last block that others hold too is to be replaced.
-
-        `leaving`: how many of a block's holders are about to replace it themselves.
-        """
-        table, spec = self.tables[group], self.ledger.groups[group]
-        n_new = spec.blocks_for(table.n_rows + n_tokens) - len(table.block_ids)
-        last = table.block_ids[-1] if table.n_rows % spec.block_tokens else None
-        shared = last is not None and self.ledger.pools[group].references(last) - (leaving or {}).get(last, 0) > 1
-        return Growth(n_new + shared, last if shared else None)
 
     def append(self, group: int, n_tokens: int, growth: Growth, blocks: list[int]) -> None:
         """Add `n_tokens` positions to `group`, with `blocks` as the blocks that `growth` asked for.

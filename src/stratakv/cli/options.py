@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,11 +62,16 @@ def check_report(target: Path | None) -> None:
     if target is None or str(target) == "-":
         return
     try:
+        if target.is_symlink() and not target.exists():
+            return check_report(target.resolve())
         is_new = not target.exists()
-        target.open("a", encoding="utf-8").close()
+        if is_new or target.is_file():
+            target.open("a", encoding="utf-8").close()
+        elif target.is_dir() or not os.access(target, os.W_OK):  # opening pipes and devices does something to them
+            raise PermissionError("a folder" if target.is_dir() else "no permission")
         if is_new:
             target.unlink()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"--json {target} cannot be written: {error}") from error
 
 

@@ -2,16 +2,21 @@
 
 Adapters, quantised layers, hooks and patched instances change what a module computes and leave its `weight` in place: a
 runner that reads weights would give other logits than the model, and not notice. So a second model of the same class is
-made from the config, without memory for its weights, and the two are compared module by module.
+made from the config, without memory for its weights, and the two are compared module by module. What no comparison can
+find, such as a function replaced in transformers' own modules, shows in the logits: the runner is tried once beside it.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+from torch.nn.modules import module as modules
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stratakv.errors import UnsupportedError
@@ -23,7 +28,13 @@ _OWN = {
     *("training", "gradient_checkpointing", "name_or_path", "attention_dropout", "loss_type", "kernel_config"),
     *("padding_idx", "vocab_size", "max_seq_len_cached", "original_max_seq_len"),
 }
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What rounding to a dtype can do to logits, relative to their size: several times the most that was seen with real
+# models. A model in half precision rounds after every operation, and a token now and then tips over altogether.
+_ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.15}
+WEIGHT_DTYPES = tuple(_ROUNDING)
+
+
+PROBE_TOKENS = 16
 
 
 def check_is_plain(model: Any) -> None:
@@ -32,6 +43,8 @@ def check_is_plain(model: Any) -> None:
     if getattr(transformers, kind.__name__, None) is not kind:
         raise UnsupportedError(f"{kind.__module__}.{kind.__qualname__} is not transformers' own {kind.__name__}")
     _check_attention(model.config)
+    if modules._global_forward_hooks or modules._global_forward_pre_hooks:
+        raise UnsupportedError("torch has forward hooks for all modules, which would not be called")
     with torch.device("meta"):
         made = kind(copy.deepcopy(model.config))
     expected = dict(made.named_modules())
@@ -40,21 +53,57 @@ def check_is_plain(model: Any) -> None:
         raise UnsupportedError(f"by its config the model has {len(expected)} modules, it differs in {different[0]!r}")
     for name, module in found.items():
         _check_module(name or kind.__name__, module, expected[name])
+        if not _is_same(getattr(module, "config", model.config), model.config):
+            raise UnsupportedError(f"{name} has another config than the model")
+
+
+def check_logits(model: Any, forward: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    """Raise UnsupportedError where `forward`, tokens to logits of all of them, computes something else than `model`.
+
+    Args:
+        model: is run as in evaluation mode, and left in its own.
+        forward: the runner.
+        dtype: what the runner rounds weights to.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=generator, device="cpu")
+    training = {name: module.training for name, module in model.named_modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            expected = model(input_ids=tokens.to(model.device), use_cache=False).logits.float().cpu()
+    except Exception as error:
+        raise UnsupportedError(f"the model itself fails on {PROBE_TOKENS} tokens: {error}") from error
+    finally:
+        for name, module in model.named_modules():
+            module.training = training[name]
+    if not torch.isfinite(expected).all():
+        raise UnsupportedError(f"the model's own logits in {model.dtype} are not finite")
+    difference = (forward(tokens) - expected).square().mean(-1).sqrt()
+    share = float((difference / expected.square().mean(-1).sqrt()).median())
+    if not share <= (allowed := max(_ROUNDING[dtype], _ROUNDING[model.dtype])):
+        raise UnsupportedError(
+            f"the model computes something else than its class and weights say: most logits differ by {share:.2g} of "
+            f"their size, where rounding explains {allowed:.2g}"
+        )
 
 
 def _check_module(name: str, module: Any, expected: Any) -> None:
-    if type(module) is not type(expected):
-        raise UnsupportedError(f"{name} is a {type(module).__name__}, not a {type(expected).__name__}")
-    own = getattr(type(module).forward, "__module__", "")
-    if not own.startswith(_SOURCES):
-        raise UnsupportedError(f"the forward of {type(module).__name__} is one of {own or 'nobody'}")
+    kind = type(module)
+    if kind is not type(expected):
+        raise UnsupportedError(f"{name} is a {kind.__name__}, not a {type(expected).__name__}")
+    for function in (kind.forward, kind.__call__):
+        if foreign := _foreign(function):
+            raise UnsupportedError(f"the forward of {kind.__name__} is one of {foreign}")
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    foreign = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("transformers.")]
-    if foreign or "_call_impl" in vars(module) or _is_patched(module):
+    own_calls = {"_call_impl", "_compiled_call_impl"} & {
+        key for key, value in vars(module).items() if value is not None
+    }
+    if any(map(_foreign, hooks)) or own_calls or _is_patched(module):
         raise UnsupportedError(f"{name} has a hook or another forward, which would not be called")
     for attribute, value in _facts(expected).items():
-        if (own := vars(module).get(attribute)) != value:
-            raise UnsupportedError(f"{name}.{attribute} is {own}, by the config {value}")
+        if (found := vars(module).get(attribute)) != value:
+            raise UnsupportedError(f"{name}.{attribute} is {found}, by the config {value}")
     parameters = dict(module.named_parameters(recurse=False))
     shapes = {key: tuple(parameter.shape) for key, parameter in parameters.items()}
     if shapes != (wanted := {key: tuple(p.shape) for key, p in expected.named_parameters(recurse=False)}):
@@ -68,6 +117,20 @@ def _check_module(name: str, module: Any, expected: Any) -> None:
             )
 
 
+def _foreign(function: Any) -> str | None:
+    """The module a function was written in, or one that it wraps, where that is not one of `_SOURCES`.
+
+    `__module__` tells nothing: wrappers copy it from what they wrap.
+    """
+    while function is not None:
+        inner = function.func if isinstance(function, functools.partial) else getattr(function, "__func__", function)
+        written_in = str(getattr(inner, "__globals__", {}).get("__name__") or type(inner).__module__)
+        if written_in.partition(".")[0] not in _SOURCES:
+            return written_in
+        function = getattr(inner, "__wrapped__", None)
+    return None
+
+
 def _is_patched(module: Any) -> bool:
     """Whether an instance has a forward of its own. What recorded its outputs may have put back its class's."""
     forward = vars(module).get("forward")
@@ -79,11 +142,16 @@ def _is_patched(module: Any) -> bool:
 def _check_attention(config: Any) -> None:
     name = getattr(config, "_attn_implementation", None) or "eager"
     function = ALL_ATTENTION_FUNCTIONS.get(name)
-    source = "transformers" if function is None else str(getattr(function, "__module__", ""))
-    if not source.startswith(_SOURCES) or (function is None and name not in _WITHOUT_FUNCTION):
+    if _foreign(function) or (function is None and name not in _WITHOUT_FUNCTION):
         raise UnsupportedError(f"the model attends by {name!r}, which is not one of transformers' own ways")
     if getattr(config, "is_causal", True) is False:
         raise UnsupportedError("the native runner is causal; this model attends in both directions")
+
+
+def _is_same(config: Any, other: Any) -> bool:
+    if config is other:
+        return True
+    return bool((config.to_dict(), config._attn_implementation) == (other.to_dict(), other._attn_implementation))
 
 
 def _facts(module: Any) -> dict[str, Any]:

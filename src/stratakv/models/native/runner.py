@@ -17,6 +17,7 @@ from stratakv.codecs.floats import FORMAT_OF_DTYPE
 from stratakv.errors import CapacityError, ConfigurationError
 from stratakv.models.native.architecture import Architecture, architecture_of
 from stratakv.models.native.binding import Binding
+from stratakv.models.native.inspection import check_logits
 from stratakv.models.native.rotation import Rotations
 from stratakv.models.native.weights import Weights
 from stratakv.policies import RetentionPolicy
@@ -31,8 +32,8 @@ class NativeRunner:
 
     Args:
         model: one of transformers' models, of a class in `architecture.FAMILIES`, as it was made: adapters and
-            quantised layers are refused. It is copied: what is done to it later does not reach the runner. It runs as
-            in evaluation mode.
+            quantised layers are refused. It is run once on a few tokens, to be compared, and copied: what is done to it
+            later does not reach the runner. It runs as in evaluation mode.
         dtype: of the matrices: torch.bfloat16, torch.float16 or torch.float32. All sums are in fp32.
         isa: as for `CpuBackend`.
 
@@ -54,6 +55,7 @@ class NativeRunner:
         self._rotations = Rotations(model.model.rotary_emb, self.architecture.layer_types, self.architecture.head_dim)
         self._bindings: WeakKeyDictionary[Memory, Binding] = WeakKeyDictionary()
         self._lock = Lock()
+        check_logits(model, lambda tokens: self.forward(self.new_batch(), tokens, every=True), dtype)
 
     def new_batch(
         self, *, format: str | None = None, block_tokens: int = 64, policy: RetentionPolicy | None = None

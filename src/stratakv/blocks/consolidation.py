@@ -1,0 +1,48 @@
+"""How memory that is not needed goes back: free last slabs, and blocks that move so that slabs become free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+from stratakv.blocks.arena import Arena
+from stratakv.blocks.pool import BlockPool
+from stratakv.blocks.sequence import GroupTable
+
+
+def give_back(pool: BlockPool, arena: Arena) -> None:
+    """Give back free last slabs, as long as an eighth of the rest is free too: a decode must not thrash."""
+    while arena.slabs and arena.slabs[-1].first > pool.highest_held():
+        left = arena.slabs[-1].first
+        if left and pool.n_free - arena.slabs[-1].n_blocks < _spare(left):
+            break
+        pool.shrink(arena.shrink(left))
+
+
+def consolidate(pool: BlockPool, arena: Arena, tables: Seq[GroupTable]) -> None:
+    """Move the blocks held in last slabs to free places before them, where that frees slabs to give back.
+
+    Done between steps only. Plans that other caches over this memory hold from their last step become void.
+
+    Args:
+        pool: the ids.
+        arena: the bytes.
+        tables: those of all holders there are.
+    """
+    n_left, n_free = arena.n_blocks, pool.n_free
+    moving: list[int] = []
+    for slab in reversed(arena.slabs):
+        n_free -= slab.n_blocks
+        if not slab.first or n_free < _spare(slab.first):
+            break
+        n_left = slab.first
+        moving.extend(b for b in range(slab.first, slab.first + slab.n_blocks) if pool.references(b))
+    if blocks := sorted(block for block in moving if block >= n_left):
+        moved = dict(zip(blocks, pool.lowest_free(len(blocks)), strict=True))
+        arena.relocate(moved.items())  # first what can fail
+        pool.relocate(moved)
+        for table in tables:
+            table.block_ids[:] = [moved.get(block, block) for block in table.block_ids]
+
+
+def _spare(n_blocks: int) -> int:
+    return max(1, n_blocks // 8)
