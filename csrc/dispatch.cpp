@@ -7,6 +7,9 @@
 namespace stratakv {
 
 #if defined(__x86_64__)
+namespace amx {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }
@@ -21,6 +24,7 @@ extern const Kernels kernels;
 const Kernels* const* compiled_kernels(std::size_t& count) {
   static const Kernels* const all[] = {
 #if defined(__x86_64__)
+      &amx::kernels,
       &avx512::kernels,
       &avx2::kernels,
 #endif

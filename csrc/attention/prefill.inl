@@ -17,6 +17,9 @@
 #include "attention/state.inl"
 #include "isa/small.h"
 #include "threads.h"
+#ifdef STRATAKV_AMX
+#include "amx/prefill.inl"
+#endif
 
 namespace stratakv::STRATAKV_ISA {
 
@@ -32,10 +35,10 @@ struct Units {
   int n_pieces;  // of a sequence's tokens
   std::int64_t n;
 
-  static Units of(const AttentionArguments& a) {
+  static Units of(const AttentionArguments& a, int unit_queries) {
     const std::int64_t n_heads = std::int64_t{a.n_sequences} * a.pages.n_heads;
     const std::int64_t wanted = a.n_threads == 1 ? 1 : kUnitsAThread * a.n_threads / larger<std::int64_t>(n_heads, 1);
-    const int least = pieces(a, larger(1, kUnitQueries / a.group)), most = pieces(a, larger(1, kLeastUnitQueries / a.group));
+    const int least = pieces(a, larger(1, unit_queries / a.group)), most = pieces(a, larger(1, kLeastUnitQueries / a.group));
     const int tokens = pieces(a, static_cast<int>(between<std::int64_t>(wanted, least, most)));
     return {tokens, pieces(a, tokens), n_heads * pieces(a, tokens)};
   }
@@ -67,35 +70,15 @@ class Prefilling {
     return of_queries + kPanelRows * (padded(a.pages.k_dim) + padded(a.pages.v_dim)) + spans;
   }
 
-  // Attention of the tokens [from, to) to all they see.
-  void run(int sequence, int head, int from, int to) {
-    const Sight sight(a_, sequence);
+  static constexpr int kUnit = kUnitQueries;
+  static constexpr int kRows = kPanelRows;
+
+  // Queries as panels [panel, k_dim, kPanel]; those that fill up the last one are zeros.
+  void begin(int sequence, int head, int from, int to) {
     sequence_ = sequence;
     head_ = head;
     from_ = from;
     m_ = (to - from) * a_.group;
-    begin();
-    const Span gone = sight.gone(from);
-    const int end = sight.end(to - 1);
-    for (int row = a_.rows.skips[sequence]; row < end;) {
-      if (gone.from <= row && row < gone.to) {
-        row = gone.to;
-        continue;
-      }
-      const int stop = row < gone.from && gone.from < gone.to ? smaller(end, gone.from) : end;
-      const int n = smaller(kPanelRows, stop - row);
-      attend(sight, row, n);
-      row += n;
-    }
-    for (int m = 0; m < m_; ++m) finish(a_, sequence, query(m), state_.top[m], state_.sum[m], state_.values + m * v_stride_);
-  }
-
- private:
-  // The query heads of a token follow one another, so that the queries of a panel see much the same.
-  Query query(int m) const { return {from_ + m / a_.group, std::ptrdiff_t{head_} * a_.group + m % a_.group}; }
-
-  // Queries as panels [panel, k_dim, kPanel]; those that fill up the last one are zeros.
-  void begin() {
     const std::ptrdiff_t m = whole_panels(m_), dim = a_.pages.k_dim;
     fill(queries_, m * dim, 0.0f);
     fill(decay_, m, 0.0f);
@@ -147,6 +130,16 @@ class Prefilling {
     }
   }
 
+  void finish() {
+    for (int m = 0; m < m_; ++m) {
+      STRATAKV_ISA::finish(a_, sequence_, query(m), state_.top[m], state_.sum[m], state_.values + m * v_stride_);
+    }
+  }
+
+ private:
+  // The query heads of a token follow one another, so that the queries of a panel see much the same.
+  Query query(int m) const { return {from_ + m / a_.group, std::ptrdiff_t{head_} * a_.group + m % a_.group}; }
+
   // What the queries of the panel from `m` on see of the rows [row, row + n), from a whole register of scores on.
   Span seen_by_panel(const Sight& sight, int m, int row, int n) const {
     Span all{n, 0};
@@ -184,21 +177,41 @@ class Prefilling {
   int sequence_ = 0, head_ = 0, from_ = 0;
 };
 
-template <typename K, typename V>
-void prefill_typed(const AttentionArguments& a) {
-  const Units units = Units::of(a);
-  const std::ptrdiff_t a_thread = Prefilling<K, V>::floats(a, units.tokens);
+// Attention of the tokens [from, to) of a sequence to all they see.
+template <typename Kernel>
+void run_unit(const AttentionArguments& a, Kernel& kernel, int sequence, int head, int from, int to) {
+  const Sight sight(a, sequence);
+  kernel.begin(sequence, head, from, to);
+  const Span gone = sight.gone(from);
+  const int end = sight.end(to - 1);
+  for (int row = a.rows.skips[sequence]; row < end;) {
+    if (gone.from <= row && row < gone.to) {
+      row = gone.to;
+      continue;
+    }
+    const int stop = row < gone.from && gone.from < gone.to ? smaller(end, gone.from) : end;
+    const int n = smaller(Kernel::kRows, stop - row);
+    kernel.attend(sight, row, n);
+    row += n;
+  }
+  kernel.finish();
+}
+
+template <typename Kernel>
+void prefill_units(const AttentionArguments& a) {
+  const Units units = Units::of(a, Kernel::kUnit);
+  const std::ptrdiff_t a_thread = Kernel::floats(a, units.tokens);
   const int n_threads = static_cast<int>(between<std::int64_t>(units.n, 1, a.n_threads));
   std::int64_t taken = 0;
   in_parallel(n_threads, [&](int thread) {
-    Prefilling<K, V> prefilling(a, units.tokens, a.scratch + thread * a_thread);
+    Kernel kernel(a, units.tokens, a.scratch + thread * a_thread);
     for (;;) {
       const std::int64_t unit = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
       if (unit >= units.n) return;
       const std::int64_t n_heads = units.n / units.n_pieces, head = unit % n_heads;
       const int from = static_cast<int>(units.n_pieces - 1 - unit / n_heads) * units.tokens;  // the last see most
-      prefilling.run(static_cast<int>(head / a.pages.n_heads), static_cast<int>(head % a.pages.n_heads), from,
-                     smaller(from + units.tokens, a.n_new));
+      run_unit(a, kernel, static_cast<int>(head / a.pages.n_heads), static_cast<int>(head % a.pages.n_heads), from,
+               smaller(from + units.tokens, a.n_new));
     }
   });
 }
@@ -206,13 +219,16 @@ void prefill_typed(const AttentionArguments& a) {
 template <typename K>
 void prefill_keys(const AttentionArguments& a) {
   switch (a.pages.v_type) {
-    case NumberType::kFloat: prefill_typed<K, float>(a); break;
-    case NumberType::kBFloat: prefill_typed<K, BFloat>(a); break;
-    case NumberType::kHalf: prefill_typed<K, Half>(a); break;
+    case NumberType::kFloat: prefill_units<Prefilling<K, float>>(a); break;
+    case NumberType::kBFloat: prefill_units<Prefilling<K, BFloat>>(a); break;
+    case NumberType::kHalf: prefill_units<Prefilling<K, Half>>(a); break;
   }
 }
 
 inline void prefill(const AttentionArguments& a) {
+#ifdef STRATAKV_AMX
+  if (TiledPrefilling::takes(a)) return prefill_units<TiledPrefilling>(a);
+#endif
   switch (a.pages.k_type) {
     case NumberType::kFloat: prefill_keys<float>(a); break;
     case NumberType::kBFloat: prefill_keys<BFloat>(a); break;
@@ -220,8 +236,16 @@ inline void prefill(const AttentionArguments& a) {
   }
 }
 
+template <typename Kernel>
+std::ptrdiff_t unit_floats(const AttentionArguments& a) {
+  return a.n_threads * Kernel::floats(a, Units::of(a, Kernel::kUnit).tokens);
+}
+
 inline std::ptrdiff_t prefill_floats(const AttentionArguments& a) {
-  return a.n_threads * Prefilling<float, float>::floats(a, Units::of(a).tokens);
+#ifdef STRATAKV_AMX
+  if (TiledPrefilling::takes(a)) return unit_floats<TiledPrefilling>(a);
+#endif
+  return unit_floats<Prefilling<float, float>>(a);
 }
 
 }  // namespace stratakv::STRATAKV_ISA

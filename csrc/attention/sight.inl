@@ -40,6 +40,9 @@ class Sight {
         hidden_below_(a.mask.kind == MaskKind::kBias ? kSmallest : kHidden),
         mask_at_(sequence * a.mask.tensor.sequence_stride - a.mask.offset) {}
 
+  std::int32_t position_of(int row) const { return positions_ != nullptr ? positions_[row] : first_position_ + row; }
+  std::int32_t position_of(Query query) const { return first_query_ + query.token; }
+
   // A token may see the rows before this one,
   int end(int token) const { return rules_.is_causal ? row_at(std::int64_t{first_query_} + token + 1) : rows_.to; }
 
@@ -63,7 +66,7 @@ class Sight {
 
   // Softcap, ALiBi, mask, and what the query does not see. `scores` has room for whole registers.
   void shape(Query query, int row, int n, float* scores) const {
-    const std::int32_t at = first_query_ + query.token;
+    const std::int32_t at = position_of(query);
     if (rules_.softcap > 0) {
       const Vec cap = Vec::all(rules_.softcap), part = Vec::all(1.0f / rules_.softcap);
       for (int r = 0; r < n; r += Vec::kWidth) (cap * hyperbolic_tangent(Vec::load(scores + r) * part)).store(scores + r);
@@ -78,8 +81,6 @@ class Sight {
   }
 
  private:
-  std::int32_t position_of(int row) const { return positions_ != nullptr ? positions_[row] : first_position_ + row; }
-
   // The first row at `position` or later.
   int row_at(std::int64_t position) const {
     if (positions_ == nullptr) return static_cast<int>(between<std::int64_t>(position - first_position_, rows_.from, rows_.to));

@@ -11,8 +11,11 @@
 #include "attention/tiles.inl"
 #include "isa/partial.h"
 #include "isa/small.h"
-#include "runner/arguments.h"
+#include "runner/linear_arguments.h"
 #include "threads.h"
+#ifdef STRATAKV_AMX
+#include "amx/linear.inl"
+#endif
 
 namespace stratakv::STRATAKV_ISA {
 
@@ -24,18 +27,6 @@ constexpr int kWideRows = Vec::kRegisters >= 32 ? 6 : 3;
 
 // How far ahead weights are asked for, in bytes.
 constexpr int kWeightsAhead = 1024;
-
-// x: [n_inputs, n_columns], y: [n_inputs, n_rows], dense. `scratch` has `linear_floats` floats.
-struct LinearArguments {
-  const Matrix& matrix;
-  const float* x;
-  int n_inputs;
-  float* y;
-  int n_threads;
-  float* scratch;
-
-  int n_columns() const { return static_cast<int>(matrix.n_columns); }
-};
 
 // One row of W with x, its sum still spread over a register.
 template <typename W>
@@ -170,6 +161,9 @@ inline void linear_many(const LinearArguments& a) {
 
 inline void linear(const LinearArguments& a) {
   if (a.n_inputs == 0) return;
+#ifdef STRATAKV_AMX
+  if (a.n_inputs > 1 && a.matrix.type == NumberType::kBFloat) return linear_tiled(a);
+#endif
   const bool is_many = a.n_inputs >= kPackedInputs;
   switch (a.matrix.type) {
     case NumberType::kFloat: is_many ? linear_many<float>(a) : linear_few<float>(a); break;
@@ -180,7 +174,11 @@ inline void linear(const LinearArguments& a) {
 
 inline std::ptrdiff_t linear_floats(std::ptrdiff_t n_columns, int n_inputs, int n_threads) {
   const std::ptrdiff_t a_thread = larger<std::ptrdiff_t>(kStrip * n_columns + kPanel * kStrip, kWideRows * n_columns);
-  return padded(whole_panels(n_inputs) * n_columns) + n_threads * a_thread;
+  std::ptrdiff_t floats = padded(whole_panels(n_inputs) * n_columns) + n_threads * a_thread;
+#ifdef STRATAKV_AMX
+  floats = larger(floats, TiledShape::of(n_columns, n_inputs).floats(n_threads));
+#endif
+  return floats;
 }
 
 }  // namespace stratakv::STRATAKV_ISA

@@ -1,0 +1,76 @@
+// Tile registers of AMX: eight, of 16 rows of 64 bytes each, and products of bf16 tiles with sums in fp32.
+#pragma once
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "numbers.h"
+
+namespace stratakv::STRATAKV_ISA {
+
+constexpr int kTile = 16;            // rows of a tile, and fp32 numbers of a row
+constexpr int kDeep = 32;            // bf16 numbers of a row
+constexpr int kTileNumbers = kTile * kDeep;  // bf16 numbers of a tile
+constexpr int kTileSums = kTile * kTile;
+
+struct TileConfig {
+  std::uint8_t palette, start_row, reserved[14];
+  std::uint16_t row_bytes[16];
+  std::uint8_t n_rows[16];
+};
+
+constexpr TileConfig whole_tiles() {
+  TileConfig config{1, 0, {}, {}, {}};
+  for (int i = 0; i < 8; ++i) {
+    config.row_bytes[i] = 64;
+    config.n_rows[i] = kTile;
+  }
+  return config;
+}
+
+// While it lives, the thread has its tiles.
+class Tiles {
+ public:
+  Tiles() {
+    alignas(64) static constexpr TileConfig all_whole = whole_tiles();
+    _tile_loadconfig(&all_whole);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+  // Linux gives a process the tiles' registers on demand.
+  static bool are_permitted() {
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    static const bool permitted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return permitted;
+  }
+};
+
+// An fp32 number as the sum of two bf16 numbers, which hold 16 of its 24 bits: what multiplies a bf16 number by both
+// is nearly as good as fp32.
+constexpr int kParts = 2;
+
+struct Split {
+  __m512i high, low;  // [32] bf16
+};
+
+inline __m512 widened(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+
+// What is left of x, none where it is infinite.
+inline __m512 remainder_of(__m512 x, __m256i high) {
+  const __mmask16 is_finite = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(__builtin_inff()), _CMP_NEQ_UQ);
+  return _mm512_maskz_sub_ps(is_finite, x, widened(high));
+}
+
+inline Split split(__m512 first, __m512 second) {
+  const __m512i high = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  const __m512 a = remainder_of(first, _mm512_castsi512_si256(high)), b = remainder_of(second, _mm512_extracti64x4_epi64(high, 1));
+  return {high, (__m512i)_mm512_cvtne2ps_pbh(b, a)};
+}
+
+}  // namespace stratakv::STRATAKV_ISA
