@@ -17,15 +17,18 @@ inline char* block_bytes(const Pages& pages, int sequence, int block) {
   return reinterpret_cast<char*>(pages.slabs[place[0]]) + place[1] * pages.block_bytes;
 }
 
-// One KV head's keys and values in a block.
+// Where one KV head's keys and values begin in a block.
+inline std::ptrdiff_t keys_at(const Pages& pages, int head) { return head * pages.k_page_bytes; }
+inline std::ptrdiff_t values_at(const Pages& pages, int head) { return pages.n_heads * pages.k_page_bytes + head * pages.v_page_bytes; }
+
 template <typename K>
 inline const K* keys_in(const Pages& pages, const char* block, int head) {
-  return reinterpret_cast<const K*>(block + head * pages.k_page_bytes);
+  return reinterpret_cast<const K*>(block + keys_at(pages, head));
 }
 
 template <typename V>
 inline const V* values_in(const Pages& pages, const char* block, int head) {
-  return reinterpret_cast<const V*>(block + pages.n_heads * pages.k_page_bytes + head * pages.v_page_bytes);
+  return reinterpret_cast<const V*>(block + values_at(pages, head));
 }
 
 template <typename Q>

@@ -66,17 +66,27 @@ inline void fetch_ahead(const void* bytes, std::ptrdiff_t n, std::ptrdiff_t dist
 // leaves the first cache again.
 constexpr int kPagesAhead = 4096;
 
-// Scores of all rows. Of all queries that meet the rows, the first ones (`is_first`) fetch what lies behind.
-template <typename K, int kQueries>
-inline void score_rows(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, bool is_first) {
-  // As many as leave all sums in registers.
-  constexpr int kRows = Vec::kRegisters >= 32 ? (kQueries <= 2 ? 8 : 4) : (kQueries == 1 ? 8 : kQueries == 4 ? 3 : 4);
+// Scores of all rows, kRows at a time.
+template <typename K, int kQueries, int kRows>
+inline void score_rows_by(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, bool is_first) {
   int r = 0;
   for (; r + kRows <= n_rows; r += kRows) {
     if (is_first) fetch_ahead(keys + std::ptrdiff_t{r} * dim, kRows * dim * std::ptrdiff_t{sizeof(K)}, kPagesAhead);
     score_tile<K, kQueries, kRows>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r, kTileRows);
   }
   for (; r < n_rows; ++r) score_tile<K, kQueries, 1>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r, kTileRows);
+}
+
+// Scores of all rows. Of all queries that meet the rows, the first ones (`is_first`) fetch what lies behind.
+template <typename K, int kQueries>
+inline void score_rows(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, bool is_first) {
+  // As many as leave all sums in registers. With 16 of those, three rows for four queries are faster than four, which
+  // leave no register free, but for short ones: their sums are then added up one by one.
+  constexpr int kRows = Vec::kRegisters >= 32 ? (kQueries <= 2 ? 8 : 4) : (kQueries == 1 ? 8 : 4);
+  if constexpr (Vec::kRegisters < 32 && kQueries == 4) {
+    if (dim >= 80) return score_rows_by<K, kQueries, 3>(keys, n_rows, dim, queries, stride, scores, is_first);
+  }
+  score_rows_by<K, kQueries, kRows>(keys, n_rows, dim, queries, stride, scores, is_first);
 }
 
 // values[m][d] = values[m][d] * decay[m] + sum over r of weights[m][r] * V[r][d].
