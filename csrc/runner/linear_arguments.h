@@ -3,7 +3,7 @@
 
 #include "runner/arguments.h"
 
-namespace stratakv {
+namespace stratakv::STRATAKV_ISA {
 
 // x: [n_inputs, n_columns], y: [n_inputs, n_rows], dense. `scratch` has `linear_floats` floats.
 struct LinearArguments {
@@ -17,4 +17,4 @@ struct LinearArguments {
   int n_columns() const { return static_cast<int>(matrix.n_columns); }
 };
 
-}  // namespace stratakv
+}  // namespace stratakv::STRATAKV_ISA
