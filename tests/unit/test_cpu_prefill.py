@@ -122,8 +122,8 @@ def test_a_mask_with_strides_is_read_as_it_is(isa: str) -> None:
 def test_a_bias_and_sinks_take_part(isa: str, format_name: str, causal: bool) -> None:
     bias = 3 * torch.randn(1, 6, 70, 290, generator=torch.Generator().manual_seed(6))
     view = make_view(2, 2, 290, 70, k_dim=16, v_dim=16, block_tokens=16, format=format_name)
-    for added in ({"bias": bias}, {}):
-        options = AttentionOptions(0.3, sinks=bias[0, :, 0, 0], causal=causal, **added)
+    for added in (bias, None):
+        options = AttentionOptions(0.3, sinks=bias[0, :, 0, 0], causal=causal, bias=added)
         assert_right(isa, view, queries(2, 6, 70, 16), options)
 
 
