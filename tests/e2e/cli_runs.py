@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,16 @@ def run(*args: str, stdin: str | None = None) -> Any:
 
 
 def start(*args: str, stdin: int | None = subprocess.DEVNULL) -> subprocess.Popen[str]:
-    """Start the installed command."""
+    """Start the installed command, as from a terminal: what runs in the background of a script ignores Ctrl-C."""
     command = str(Path(sys.executable).with_name("stratakv"))
     return subprocess.Popen(
-        [command, *args], stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+        [command, *args],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
