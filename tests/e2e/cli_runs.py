@@ -34,7 +34,7 @@ def start(*args: str, stdin: int | None = subprocess.DEVNULL) -> subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  # takes no lock
     )
 
 
