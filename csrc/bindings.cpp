@@ -4,7 +4,6 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -12,6 +11,7 @@
 #include "attention/arguments.h"
 #include "kernels.h"
 #include "reading.h"
+#include "room.h"
 #include "runner/bindings.h"
 
 namespace nb = nanobind;
@@ -33,18 +33,6 @@ std::vector<std::string> supported_isas() {
 template <typename T>
 T* at(std::intptr_t address) {
   return reinterpret_cast<T*>(address);
-}
-
-// Room for the partial results of a call, kept by the thread that calls: two threads may attend at once. It begins on a
-// line of the processor's caches, so that no register of it lies on two.
-float* scratch(std::ptrdiff_t n_floats) {
-  constexpr std::size_t line = 64;
-  thread_local std::vector<float> room;
-  const std::size_t wanted = static_cast<std::size_t>(n_floats) + line / sizeof(float);
-  if (room.size() < wanted) room.resize(wanted);
-  void* begin = room.data();
-  std::size_t space = room.size() * sizeof(float);
-  return static_cast<float*>(std::align(line, n_floats * sizeof(float), begin, space));
 }
 
 // Numbers from one sequence, head and token to the next.
@@ -106,7 +94,8 @@ class Step {
     a.out = {at<void>(out), std::get<0>(o), std::get<1>(o), std::get<2>(o)};
     const std::int64_t n_query_heads = std::int64_t{a.pages.n_heads} * a.group;
     a.lse = {at<float>(lse), n_query_heads * a.n_new, a.n_new, 1};
-    a.scratch = scratch(kernels_->attend_floats(a));
+    thread_local stratakv::Room room;  // two threads may attend at once
+    a.scratch = room.floats(kernels_->attend_floats(a));
     nb::gil_scoped_release release;
     kernels_->attend(a);
   }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "room.h"
 #include "runner/arguments.h"
 
 namespace nb = nanobind;
@@ -98,9 +99,7 @@ class Decoder {
     step_.n_wanted = n_wanted;
     step_.wanted_positions = at<std::int32_t>(wanted_positions);
     step_.logits = reinterpret_cast<float*>(logits);
-    const auto needed = static_cast<std::size_t>(kernels_->forward_floats(model_, step_));
-    if (scratch_.size() < needed) scratch_.resize(needed);
-    step_.scratch = scratch_.data();
+    step_.scratch = room_.floats(kernels_->forward_floats(model_, step_));
     nb::gil_scoped_release release;
     kernels_->forward(model_, step_);
   }
@@ -113,7 +112,7 @@ class Decoder {
   std::vector<const std::int64_t*> slabs_;
   std::vector<GroupRows> groups_;
   std::vector<Rotation> rotations_;
-  std::vector<float> scratch_;
+  Room room_;
 };
 
 }  // namespace
