@@ -1,7 +1,7 @@
 // Products of some rows with a large matrix of bf16 numbers by AMX: y = x W^T.
 //
-// Tiles of W are read as they lie. x is split into two bf16 parts and packed for all of W; what comes out has the rows
-// of W down and the inputs across, and is turned on its way to y.
+// Tiles of W are read as they lie. x is rounded to bf16, or split into two bf16 parts, and packed for all of W; what comes
+// out has the rows of W down and the inputs across, and is turned on its way to y.
 #pragma once
 
 #include <cstddef>
@@ -26,8 +26,8 @@ struct TiledShape {
   int together;                   // inputs that are packed at a time
   std::ptrdiff_t packed, sums, rows;  // floats: of the packed inputs; of a thread's sums; of its copied rows
 
-  static TiledShape of(std::ptrdiff_t n_columns, int n_inputs) {
-    const std::ptrdiff_t panel = packed_numbers(n_columns), panel_bytes = panel * static_cast<std::ptrdiff_t>(sizeof(BFloat));
+  static TiledShape of(std::ptrdiff_t n_columns, int n_inputs, int parts) {
+    const std::ptrdiff_t panel = packed_numbers(n_columns, parts), panel_bytes = panel * static_cast<std::ptrdiff_t>(sizeof(BFloat));
     const int most = static_cast<int>(between<std::ptrdiff_t>(kPackedBytes / panel_bytes / 2, 1, 1 << 10)) * kTiledPair;
     const int together = smaller(most, n_inputs), n_pairs = (together + kTiledPair - 1) / kTiledPair;
     return {whole_steps(n_columns), panel, together, n_pairs * panel, std::ptrdiff_t{n_pairs} * 4 * kTileSums,
@@ -52,6 +52,7 @@ inline void turn(const float* sums, int n_inputs, int n_rows, float* y, std::ptr
 }
 
 // The strips of 32 rows of W that one thread takes, with the packed inputs [from, to).
+template <int kOf>
 class TiledStrips {
  public:
   TiledStrips(const LinearArguments& a, const TiledShape& shape, const BFloat* packed, int from, int to, float* memory)
@@ -71,11 +72,11 @@ class TiledStrips {
     for (std::ptrdiff_t piece = 0; piece < n_pieces; ++piece) {
       const std::ptrdiff_t step = shape_.n_steps * piece / n_pieces, n_steps = shape_.n_steps * (piece + 1) / n_pieces - step;
       for (int p = 0; p < n_pairs_; ++p) {
-        const BFloat* const a = packed_ + 2 * p * shape_.panel + step * kParts * kTileNumbers;
+        const BFloat* const a = packed_ + 2 * p * shape_.panel + step * kOf * kTileNumbers;
         const bool fetches = p == 0 && n_rows == kTiledRows;
         const char* const next = reinterpret_cast<const char*>(weights(row + kTiledRows) + step * kDeep * kTiledRows);
         float* const sums = sums_ + std::ptrdiff_t{p} * 4 * kTileSums;
-        multiply(rows.from(step), a, a + shape_.panel, n_steps, piece > 0, {sums, sums + kTileSums},
+        multiply<kOf>(rows.from(step), a, a + shape_.panel, n_steps, piece > 0, {sums, sums + kTileSums},
                  {sums + 2 * kTileSums, sums + 3 * kTileSums}, fetches ? next : nullptr);
         if (piece + 1 == n_pieces) finish(p, row, n_rows);
       }
@@ -114,8 +115,9 @@ class TiledStrips {
   BFloat* room_;
 };
 
+template <int kOf>
 inline void linear_tiled(const LinearArguments& a) {
-  const TiledShape shape = TiledShape::of(a.matrix.n_columns, a.n_inputs);
+  const TiledShape shape = TiledShape::of(a.matrix.n_columns, a.n_inputs, kOf);
   BFloat* const packed = reinterpret_cast<BFloat*>(a.scratch);
   for (int from = 0; from < a.n_inputs; from += shape.together) {
     const int to = smaller(from + shape.together, a.n_inputs), n_panels = (to - from + kTiledPair - 1) / kTiledPair * 2;
@@ -123,15 +125,23 @@ inline void linear_tiled(const LinearArguments& a) {
     in_parallel(n_packers, [&](int thread) {
       for (int p = n_panels * thread / n_packers; p < n_panels * (thread + 1) / n_packers; ++p) {
         const int input = from + p * kTile;
-        pack_panel(a.x + input * a.matrix.n_columns, a.matrix.n_columns, between(to - input, 0, kTile), a.n_columns(), packed + p * shape.panel);
+        pack_panel<kOf>(a.x + input * a.matrix.n_columns, a.matrix.n_columns, between(to - input, 0, kTile), a.n_columns(), packed + p * shape.panel);
       }
     });
     in_parallel(a.n_threads, [&](int thread) {
       const Tiles tiles;
-      const TiledStrips strips(a, shape, packed, from, to, a.scratch + shape.packed + thread * (shape.sums + shape.rows));
+      const TiledStrips<kOf> strips(a, shape, packed, from, to, a.scratch + shape.packed + thread * (shape.sums + shape.rows));
       const std::ptrdiff_t n = (a.matrix.n_rows + kTiledRows - 1) / kTiledRows;
       for (std::ptrdiff_t s = n * thread / a.n_threads; s < n * (thread + 1) / a.n_threads; ++s) strips.take(s * kTiledRows);
     });
+  }
+}
+
+// One input alone is multiplied in plain registers: rounded here, it gives what it would give among others.
+inline void round_input(float* x, int n) {
+  for (int d = 0; d < n; d += Vec::kWidth) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(load_up_to(x + d, n - d).v);
+    store_up_to(Vec{widened((__m256i)rounded)}, x + d, n - d);
   }
 }
 

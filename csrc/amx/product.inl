@@ -15,12 +15,13 @@ constexpr int kTiledPair = 2 * kTile;
 
 inline std::ptrdiff_t whole_steps(std::ptrdiff_t n) { return (n + kDeep - 1) / kDeep; }
 // bf16 numbers of a packed panel.
-inline std::ptrdiff_t packed_numbers(std::ptrdiff_t n) { return whole_steps(n) * kParts * kTileNumbers; }
+inline std::ptrdiff_t packed_numbers(std::ptrdiff_t n, int parts = kParts) { return whole_steps(n) * parts * kTileNumbers; }
 
 // `n` vectors [n, stride] of `dim` numbers, at most 16, as tiles [step, part, pair of numbers, vector, 2]. Behind the
-// last vector and number stand zeros.
+// last vector and number stand zeros. One part alone is the number rounded to bf16.
+template <int kOf = kParts>
 inline void pack_panel(const float* x, std::ptrdiff_t stride, int n, int dim, BFloat* to) {
-  for (int d = 0; d < dim; d += kDeep, to += kParts * kTileNumbers) {
+  for (int d = 0; d < dim; d += kDeep, to += kOf * kTileNumbers) {
     Vec high[kTile], low[kTile];
     for (int i = 0; i < kTile; ++i) {
       if (i >= n) {
@@ -35,11 +36,10 @@ inline void pack_panel(const float* x, std::ptrdiff_t stride, int n, int dim, BF
       low[i].v = _mm512_castsi512_ps(parts.low);
     }
     Vec::transpose(high);
+    for (int i = 0; i < kTile; ++i) high[i].store(reinterpret_cast<float*>(to) + i * kTile);
+    if constexpr (kOf == 1) continue;
     Vec::transpose(low);
-    for (int i = 0; i < kTile; ++i) {
-      high[i].store(reinterpret_cast<float*>(to) + i * kTile);
-      low[i].store(reinterpret_cast<float*>(to + kTileNumbers) + i * kTile);
-    }
+    for (int i = 0; i < kTile; ++i) low[i].store(reinterpret_cast<float*>(to + kTileNumbers) + i * kTile);
   }
 }
 
@@ -59,6 +59,7 @@ struct TiledSums {
 
 // 32 rows with the panels a and b, over `n_steps` steps. `ahead`, unless it is null: as many bytes as the rows have are
 // asked for from there on.
+template <int kOf = kParts>
 inline void multiply(const TiledRows& rows, const BFloat* a, const BFloat* b, std::ptrdiff_t n_steps, bool is_begun, const TiledSums& to_a,
                      const TiledSums& to_b, const char* ahead = nullptr) {
   constexpr int kLine = 64;
@@ -88,16 +89,18 @@ inline void multiply(const TiledRows& rows, const BFloat* a, const BFloat* b, st
     _tile_dpbf16ps(1, 5, 6);
     _tile_dpbf16ps(2, 4, 7);
     _tile_dpbf16ps(3, 5, 7);
-    _tile_loadd(6, a + kTileNumbers, kLine);
-    _tile_loadd(7, b + kTileNumbers, kLine);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
-    _tile_dpbf16ps(2, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
+    if constexpr (kOf == kParts) {
+      _tile_loadd(6, a + kTileNumbers, kLine);
+      _tile_loadd(7, b + kTileNumbers, kLine);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 5, 6);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
     upper += kDeep;
     lower += kDeep;
-    a += kParts * kTileNumbers;
-    b += kParts * kTileNumbers;
+    a += kOf * kTileNumbers;
+    b += kOf * kTileNumbers;
   }
   _tile_stored(0, to_a.first, kLine);
   _tile_stored(1, to_a.second, kLine);

@@ -41,6 +41,7 @@ struct Model {
   float norm_epsilon, embedding_scale, attention_scale;
   float attention_softcap, logit_softcap;  // 0: none
   Activation activation;
+  bool rounds_activations;  // to bf16 before bf16 matrices, where that is what the processor multiplies
   Matrix embedding, head;  // [vocabulary, hidden]
   const float* norm;       // [hidden]
   const Layer* layers;

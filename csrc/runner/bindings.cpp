@@ -26,7 +26,7 @@ class Decoder {
  public:
   Decoder(const std::string& isa, int hidden, int intermediate, int head_dim, int n_query_heads, int n_kv_heads, float norm_epsilon,
           float embedding_scale, float attention_scale, float attention_softcap, float logit_softcap, int activation,
-          const Matrix& embedding, const Matrix& head, std::intptr_t norm, int n_groups)
+          bool rounds_activations, const Matrix& embedding, const Matrix& head, std::intptr_t norm, int n_groups)
       : kernels_(&kernels_of(isa.c_str())), groups_(n_groups) {
     model_.hidden = hidden;
     model_.intermediate = intermediate;
@@ -39,6 +39,7 @@ class Decoder {
     model_.attention_softcap = attention_softcap;
     model_.logit_softcap = logit_softcap;
     model_.activation = static_cast<Activation>(activation);
+    model_.rounds_activations = rounds_activations;
     model_.embedding = embedding;
     model_.head = head;
     model_.norm = at<float>(norm);
@@ -125,10 +126,10 @@ void bind_runner(nb::module_& m) {
            },
            "data"_a, "n_rows"_a, "n_columns"_a, "type"_a, "bias"_a = 0);
   nb::class_<Decoder>(m, "Decoder")
-      .def(nb::init<const std::string&, int, int, int, int, int, float, float, float, float, float, int, const Matrix&, const Matrix&,
+      .def(nb::init<const std::string&, int, int, int, int, int, float, float, float, float, float, int, bool, const Matrix&, const Matrix&,
                     std::intptr_t, int>(),
            "isa"_a, "hidden"_a, "intermediate"_a, "head_dim"_a, "n_query_heads"_a, "n_kv_heads"_a, "norm_epsilon"_a,
-           "embedding_scale"_a, "attention_scale"_a, "attention_softcap"_a, "logit_softcap"_a, "activation"_a, "embedding"_a,
+           "embedding_scale"_a, "attention_scale"_a, "attention_softcap"_a, "logit_softcap"_a, "activation"_a, "rounds_activations"_a, "embedding"_a,
            "head"_a, "norm"_a, "n_groups"_a)
       .def("add_layer", &Decoder::add_layer, "qkv"_a, "output"_a, "gate_up"_a, "down"_a, "attention_norm"_a, "query_norm"_a,
            "key_norm"_a, "after_attention_norm"_a, "mlp_norm"_a, "after_mlp_norm"_a, "rotation"_a)

@@ -102,7 +102,7 @@ class Forwarding {
 
   // From `normed` into `to`.
   void product(const Matrix& matrix, int n_rows, float* to) const {
-    linear({matrix, step_.normed, n_rows, to, step_.n_threads, step_.scratch});
+    linear({matrix, step_.normed, n_rows, to, step_.n_threads, step_.scratch, model_.rounds_activations});
     if (matrix.bias != nullptr) {
       each_row(n_rows, [&](int row) { add(matrix.bias, static_cast<int>(matrix.n_rows), to + row * matrix.n_rows); });
     }

@@ -162,7 +162,10 @@ inline void linear_many(const LinearArguments& a) {
 inline void linear(const LinearArguments& a) {
   if (a.n_inputs == 0) return;
 #ifdef STRATAKV_AMX
-  if (a.n_inputs > 1 && a.matrix.type == NumberType::kBFloat) return linear_tiled(a);
+  if (a.matrix.type == NumberType::kBFloat) {
+    if (a.n_inputs > 1) return a.rounds_inputs ? linear_tiled<1>(a) : linear_tiled<kParts>(a);
+    if (a.rounds_inputs) round_input(a.x, a.n_columns());
+  }
 #endif
   const bool is_many = a.n_inputs >= kPackedInputs;
   switch (a.matrix.type) {
@@ -176,7 +179,7 @@ inline std::ptrdiff_t linear_floats(std::ptrdiff_t n_columns, int n_inputs, int 
   const std::ptrdiff_t a_thread = larger<std::ptrdiff_t>(kStrip * n_columns + kPanel * kStrip, kWideRows * n_columns);
   std::ptrdiff_t floats = padded(whole_panels(n_inputs) * n_columns) + n_threads * a_thread;
 #ifdef STRATAKV_AMX
-  floats = larger(floats, TiledShape::of(n_columns, n_inputs).floats(n_threads));
+  floats = larger(floats, TiledShape::of(n_columns, n_inputs, kParts).floats(n_threads));
 #endif
   return floats;
 }

@@ -56,6 +56,7 @@ class Decoder:
         attention_softcap: float,
         logit_softcap: float,
         activation: int,
+        rounds_activations: bool,
         embedding: Matrix,
         head: Matrix,
         norm: int,

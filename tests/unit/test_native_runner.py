@@ -116,7 +116,7 @@ def test_logits_equal_those_of_transformers(isa: str, name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_16_bits_are_rounded_and_nothing_else(isa: str, dtype: torch.dtype) -> None:
     model = tiny_llama()
-    runner = NativeRunner(model, dtype=dtype, isa=isa)
+    runner = NativeRunner(model, dtype=dtype, exact=True, isa=isa)
     for name, weight in model.named_parameters():
         if "norm" not in name:
             weight.data = weight.data.to(dtype).float()
@@ -125,6 +125,25 @@ def test_weights_of_16_bits_are_rounded_and_nothing_else(isa: str, dtype: torch.
     # With bf16 weights, AMX takes 16 of the 24 bits of what they are multiplied with.
     tolerance = 2e-4 if isa == "amx" and dtype == torch.bfloat16 else 2e-5
     torch.testing.assert_close(found, logits_of(model, tokens), rtol=tolerance, atol=tolerance)
+
+
+@every_isa
+def test_activations_are_rounded_to_bf16_at_most_and_alike_in_any_cut(isa: str) -> None:
+    model = tiny_llama()
+    runner = NativeRunner(model, dtype=torch.bfloat16, isa=isa)
+    for name, weight in model.named_parameters():
+        if "norm" not in name:
+            weight.data = weight.data.bfloat16().float()
+    tokens = some_tokens(5, 30)
+    whole, *others = [fed(runner, runner.new_batch(format="fp32"), tokens, cuts) for cuts in ([30], [1], [17, 1], [2])]
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and isa == "amx":
+            module.register_forward_pre_hook(lambda _, given: (given[0].bfloat16().float(), *given[1:]))
+    # Sums in another order round to the other side now and then, which is a step of bf16 then.
+    for expected in (logits_of(model, tokens), *others):
+        assert (whole - expected).square().mean().sqrt() <= 1e-3 * expected.square().mean().sqrt()
+    one = [fed(runner, runner.new_batch(format="fp32"), tokens[:1], cuts) for cuts in ([30], [1])]
+    assert (one[0] - one[1]).square().mean().sqrt() <= 1e-3 * one[0].square().mean().sqrt()
 
 
 @every_isa

@@ -25,19 +25,29 @@ class Binding:
         isa: the instruction set.
         architecture, weights, rotations: of the model.
         memory: of the caches that it is going to read and write.
+        exact: whether activations keep more than bf16 where the processor multiplies bf16.
 
     Raises:
         ConfigurationError: the memory is not one for this model, or not one that the kernels read.
     """
 
     def __init__(
-        self, kernels: Any, isa: str, architecture: Architecture, weights: Weights, rotations: Rotations, memory: Memory
+        self,
+        kernels: Any,
+        isa: str,
+        architecture: Architecture,
+        weights: Weights,
+        rotations: Rotations,
+        memory: Memory,
+        *,
+        exact: bool,
     ) -> None:
         _check(architecture, memory)
         self._kernels = kernels
         self._architecture = architecture
         self._weights = weights
         self._rotations = rotations
+        self._rounds_activations = not exact
         self._addresses: list[Tensor] = []  # of the layers' slabs; held, since the decoder has where they lie
         self._tables: list[tuple[Tensor, Tensor]] = []  # likewise
         self._of_step: list[Any] = []  # likewise
@@ -106,6 +116,7 @@ class Binding:
             attention_softcap=facts.attention_softcap,
             logit_softcap=facts.logit_softcap,
             activation=facts.activation,
+            rounds_activations=self._rounds_activations,
             embedding=self._matrix(weights.embedding),
             head=self._matrix(weights.head),
             norm=weights.norm.data_ptr(),

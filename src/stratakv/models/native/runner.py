@@ -35,6 +35,8 @@ class NativeRunner:
             quantised layers are refused. It is run once on a few tokens, to be compared, and copied: what is done to it
             later does not reach the runner. It runs as in evaluation mode.
         dtype: of the matrices: torch.bfloat16, torch.float16 or torch.float32. All sums are in fp32.
+        exact: keep 16 bits of activations that meet bf16 matrices, where the processor would multiply their rounding to
+            bf16 (AMX does): a prompt takes half as long again. Other processors multiply in fp32 in either case.
         isa: as for `CpuBackend`.
 
     Raises:
@@ -43,7 +45,9 @@ class NativeRunner:
         CapacityError: no room for the weights.
     """
 
-    def __init__(self, model: Any, *, dtype: torch.dtype = torch.bfloat16, isa: str | None = None) -> None:
+    def __init__(
+        self, model: Any, *, dtype: torch.dtype = torch.bfloat16, exact: bool = False, isa: str | None = None
+    ) -> None:
         if dtype not in NUMBER_TYPES:
             raise ConfigurationError(f"dtype {dtype} is not one of {', '.join(map(str, NUMBER_TYPES))}")
         self.architecture: Architecture = architecture_of(model)
@@ -54,6 +58,7 @@ class NativeRunner:
             raise CapacityError(f"the system has no room for the model's weights in {dtype}") from error
         self._rotations = Rotations(model.model.rotary_emb, self.architecture.layer_types, self.architecture.head_dim)
         self._bindings: WeakKeyDictionary[Memory, Binding] = WeakKeyDictionary()
+        self._exact = exact
         self._lock = Lock()
         check_logits(model, lambda tokens: self.forward(self.new_batch(), tokens, every=True), dtype)
 
@@ -133,7 +138,8 @@ class NativeRunner:
     def _bind(self, memory: Memory) -> Binding:
         binding = self._bindings.get(memory)
         if binding is None:
-            binding = Binding(self._kernels, self.isa, self.architecture, self.weights, self._rotations, memory)
+            facts = self._kernels, self.isa, self.architecture, self.weights, self._rotations
+            binding = Binding(*facts, memory, exact=self._exact)
             self._bindings[memory] = binding
         return binding
 
