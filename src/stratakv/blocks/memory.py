@@ -118,6 +118,8 @@ class Memory:
             ConfigurationError: a change names positions that are not stored.
             CapacityError: over the capacity or over `max_bytes`, or the system has no more memory.
         """
+        if changes:
+            self.settle()  # first, what can fail: slabs that earlier steps left free go back
         self.settle_orphans()
         spec = self._fitting_spec(self._check_capacity(sequences, n_tokens))
         advance = plan_advance(self.ledger, spec.groups, sequences, n_tokens, changes)
@@ -133,8 +135,6 @@ class Memory:
             undo.pop_all()  # nothing can fail from here on
         for (sequence, g, growth), blocks in zip(advance.growths, new_blocks, strict=True):
             sequence.append(g, n_tokens, growth, blocks)
-        if changes:
-            self.settle()
 
     def compact(self, changes: Seq[Change]) -> None:
         """Keep only the rows of each plan in one group of one sequence, and free the blocks that are left over.
