@@ -166,7 +166,7 @@ class TiledPrefilling {
         values[r] = block_values + std::ptrdiff_t{at} * a_.pages.v_dim;
       }
     }
-    for (int r = n; r < whole; ++r) copy_row(nullptr, 0, keys_ + r * sizes_.k_width, sizes_.k_width);
+    fill(reinterpret_cast<float*>(keys_ + n * sizes_.k_width), (whole - n) * sizes_.k_width / 2, 0.0f);
     for (int r = 0; r < whole; r += kDeep) {
       for (int d = 0; d < sizes_.v_width; d += kTile) turn_values(values + r, n - r, r, d);
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,7 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
+from stratakv.blocks.arena import Arena
 from stratakv.blocks.batch import Checkpoint, SequenceBatch
 from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
@@ -35,6 +38,8 @@ LAYERS = (LayerSpec(0, 2, 3, 2), LayerSpec(1, 2, 2, 5, window=3), LayerSpec(2, 2
 CAPACITY = 24
 MOST_TOKENS = 150
 UNDO = ("abort", "truncate")
+FALLIBLE = ("copy", "move_rows", "relocate", "write", "_new_members", "_zeros")
+FAILS_AT = st.none() | st.integers(0, 6)
 
 SETUPS: dict[str, tuple[str, RetentionPolicy | None]] = {
     "paged": ("paged", None),
@@ -80,6 +85,25 @@ def rows_of(tokens: list[list[int]], layer: LayerSpec, *, is_key: bool) -> Tenso
     return rows if is_key else -rows
 
 
+@contextmanager
+def failing(at: int | None) -> Iterator[None]:
+    """Let the call numbered `at` of those that touch bytes find no memory."""
+    calls = iter(range(1000000))
+
+    def watched(verb: Any) -> Any:
+        def run(*args: Any) -> Any:
+            if next(calls) == at:
+                raise MemoryError
+            return verb(*args)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in FALLIBLE:
+            patch.setattr(Arena, name, watched(getattr(Arena, name)))
+        yield
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Batches and checkpoints over one memory."""
 
@@ -113,18 +137,26 @@ class CacheMachine(RuleBasedStateMachine):
 
     # Steps
 
-    @rule(data=st.data(), n_new=st.integers(1, 6) | st.integers(7, 40), n_sequences=st.integers(1, 3))
-    def write(self, data: st.DataObject, n_new: int, n_sequences: int) -> None:
+    @rule(
+        data=st.data(),
+        n_new=st.integers(1, 6) | st.integers(7, 40),
+        n_sequences=st.integers(1, 3),
+        fails_at=FAILS_AT,
+    )
+    def write(self, data: st.DataObject, n_new: int, n_sequences: int, fails_at: int | None) -> None:
         live = self.pick(data)
         tokens = self.new_tokens(live, n_sequences, n_new)
         if live.expected.seen + n_new > MOST_TOKENS:
             return
         try:
-            live.batch.begin(len(tokens), n_new)
-        except CapacityError:
-            assert self.memory.max_bytes is not None or self.memory.spec.capacity is not None
+            with failing(fails_at):
+                live.batch.begin(len(tokens), n_new)
+                views = [self.write_layer(live, layer, tokens) for layer in LAYERS]
+        except (CapacityError, MemoryError):
+            assert fails_at is not None or self.memory.max_bytes or self.memory.spec.capacity
+            if live.batch.open_step:
+                live.batch.abort()
             return
-        views = [self.write_layer(live, layer, tokens) for layer in LAYERS]
         before = live.expected.seen
         live.expected.kept.update(range(before, before + n_new))
         live.expected.tokens = [a + b for a, b in zip(live.expected.tokens or [[]] * len(tokens), tokens, strict=True)]
@@ -164,9 +196,11 @@ class CacheMachine(RuleBasedStateMachine):
             assert 0 < n < live.expected.seen
             return
         assert n == 0 or n >= min(live.expected.floor, live.expected.seen)
+        if n == 0:
+            live.expected = Expected()
+            return
         live.expected.tokens = [tokens[:n] for tokens in live.expected.tokens]
         live.expected.kept = {p for p in live.expected.kept if p < n}
-        live.expected.floor = live.expected.floor if n else 0
 
     @rule(data=st.data())
     def checkpoint(self, data: st.DataObject) -> None:
@@ -228,27 +262,31 @@ class CacheMachine(RuleBasedStateMachine):
 
     # Rows that go
 
-    @rule(data=st.data())
-    def compact(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), fails_at=FAILS_AT)
+    def compact(self, data: st.DataObject, fails_at: int | None) -> None:
         live = self.pick(data)
         if not live.expected.tokens:
             return
-        tables = [
-            set(positions(live.batch.sequences[0].tables[g].runs))
-            for g, group in enumerate(self.memory.spec.groups)
-            if group.imposed or group.retention.window is None
-        ]
+        tables = self.compactable(live)
         stored = set(live.expected.kept).intersection(*tables)
         some = data.draw(st.sets(st.sampled_from(sorted(stored)), max_size=8)) if stored else set()
         keep = some if data.draw(st.booleans()) else stored - some  # few rows, or all but a few
         try:
-            live.batch.compact(KeepPlan(runs_of(keep), live.expected.seen))
-        except CapacityError:
-            self.live.remove(live)  # what must hold then is the matter of test_memory.py
-            return
+            with failing(fails_at):
+                live.batch.compact(KeepPlan(runs_of(keep), live.expected.seen))
+        except (CapacityError, MemoryError):
+            assert fails_at is not None or self.memory.max_bytes
+            if self.compactable(live) == tables:
+                return
+            # It was done, and then failed to give memory back.
         live.expected.kept = keep
         if any(table != keep for table in tables):  # what loses no row can be cut back as before
             live.expected.floor = live.expected.seen
+
+    def compactable(self, live: Live) -> list[set[int]]:
+        """The positions in each group that has no window of the model's own."""
+        groups = [g for g, each in enumerate(self.memory.spec.groups) if each.imposed or each.retention.window is None]
+        return [set(positions(live.batch.sequences[0].tables[g].runs)) for g in groups]
 
     @rule(data=st.data())
     def ask_for_what_is_not_there(self, data: st.DataObject) -> None:
@@ -259,9 +297,13 @@ class CacheMachine(RuleBasedStateMachine):
             with pytest.raises(ConfigurationError):
                 live.batch.compact(KeepPlan(((live.expected.seen, 1),), live.expected.seen))
 
-    @rule(data=st.data())
-    def evict(self, data: st.DataObject) -> None:
-        self.pick(data).batch.evict()
+    @rule(data=st.data(), fails_at=FAILS_AT)
+    def evict(self, data: st.DataObject, fails_at: int | None) -> None:
+        try:
+            with failing(fails_at):
+                self.pick(data).batch.evict()
+        except (CapacityError, MemoryError):
+            assert fails_at is not None or self.memory.max_bytes
 
     @rule(data=st.data(), recording=st.booleans())
     def record(self, data: st.DataObject, recording: bool) -> None:

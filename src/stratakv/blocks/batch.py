@@ -203,17 +203,18 @@ class SequenceBatch:
         self.memory.compact([(sequence, g, exact) for sequence, g in tables])
 
     def truncate(self, n_tokens: int) -> None:
-        """Keep the first `n_tokens` tokens. An incomplete step is undone first.
+        """Keep the first `n_tokens` tokens. An incomplete step is undone first. Cut to nothing it is as `reset`.
 
         Raises:
             StateError: the result would not be exact. Nothing was changed, the incomplete step apart.
         """
         if self._step is not None:
             self.abort()
-        if not self.sequences and n_tokens == 0:
-            return
         if not 0 <= n_tokens <= self.seen_tokens:
             raise StateError(f"the cache has seen {self.seen_tokens} tokens and cannot be cut to {n_tokens}")
+        if n_tokens == 0:
+            self.reset()
+            return
         self.memory.truncate(self.sequences, n_tokens)
         self.seen_tokens = n_tokens
         self._complete = None
