@@ -4,6 +4,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -28,6 +29,12 @@ std::vector<std::string> supported_isas() {
     if (all[i]->is_supported()) names.emplace_back(all[i]->isa);
   }
   return names;
+}
+
+bool is_supported(const std::string& isa) {
+  std::size_t count = 0;
+  const Kernels* const* all = stratakv::compiled_kernels(count);
+  return std::any_of(all, all + count, [&](const Kernels* each) { return isa == each->isa && each->is_supported(); });
 }
 
 template <typename T>
@@ -110,6 +117,7 @@ class Step {
 NB_MODULE(_kernels, m) {
   nb::set_leak_warnings(false);  // backends that live in modules keep their last step until the process ends
   m.def("supported_isas", &supported_isas, "Instruction sets that are compiled in and that this processor has, best first.");
+  m.def("is_supported", &is_supported, nb::arg("isa"), "Whether an instruction set is one of those. No other one is asked for.");
   m.def(
       "read_all",
       [](std::intptr_t words, std::int64_t n, int n_threads) {

@@ -28,9 +28,9 @@ constexpr float kLog2E = 1.44269504f;
 
 // e^(x - base) for base_2 = base / ln 2, to about 2^-23 and the rounding of x / ln 2; 0 for -inf. NaN gives NaN. Its
 // polynomial is the minimax of 2^x for x in [0, 1), to 8e-8.
-inline Vec weight_of(Vec x, Vec base_2) {
+inline Vec weight_of(Vec x, Vec base) {
   constexpr int kToWholeBelow = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-  const __m512 power = _mm512_fmsub_ps(x.v, _mm512_set1_ps(kLog2E), base_2.v);
+  const __m512 power = ((x - base) * Vec::all(kLog2E)).v;
   const Vec part = {_mm512_reduce_ps(power, kToWholeBelow)};
   Vec p = Vec::all(1.8775767e-3f);
   p = Vec::fma(p, part, Vec::all(8.9893397e-3f));
@@ -230,13 +230,12 @@ class TiledPrefilling {
     top = Vec::max(Vec::max(tops[0], tops[1]), Vec::max(tops[2], tops[3]));
     const Vec base = {_mm512_mask_mov_ps(top.v, _mm512_cmp_ps_mask(top.v, Vec::all(kMinusInfinity).v, _CMP_EQ_OQ), Vec::zero().v)};
     const Vec decay = exponential(old - base);
-    const Vec base_2 = base * Vec::all(kLog2E);
     Vec added[2] = {Vec::zero(), Vec::zero()};
     BFloat* to = weights_ + std::ptrdiff_t{panel % 2} * sizes_.weight_panel + span.from * kParts * kTile;
     for (int r = span.from; r < whole; r += kDeep, to += kParts * kTileNumbers) {
       for (int i = 0; i < kTile; ++i) {
         const float* const at = scores + (r + 2 * i) * std::ptrdiff_t{kTile};
-        const Vec first = weight_of(Vec::load(at), base_2), second = weight_of(Vec::load(at + kTile), base_2);
+        const Vec first = weight_of(Vec::load(at), base), second = weight_of(Vec::load(at + kTile), base);
         added[0] = added[0] + first;
         added[1] = added[1] + second;
         store_pair(first.v, second.v, to + i * kDeep);

@@ -63,6 +63,7 @@ template <int kOf = kParts>
 inline void multiply(const TiledRows& rows, const BFloat* a, const BFloat* b, std::ptrdiff_t n_steps, bool is_begun, const TiledSums& to_a,
                      const TiledSums& to_b, const char* ahead = nullptr) {
   constexpr int kLine = 64;
+  asm volatile("" ::: "memory");  // GCC 12 does not know that tiles are loaded from memory, and moves stores behind it
   if (is_begun) {
     _tile_loadd(0, to_a.first, kLine);
     _tile_loadd(1, to_a.second, kLine);

@@ -61,10 +61,11 @@ struct Split {
 
 inline __m512 widened(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 
-// What is left of x, none where it is infinite.
+// What is left of x, none where it is infinite or rounds to that.
 inline __m512 remainder_of(__m512 x, __m256i high) {
-  const __mmask16 is_finite = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(__builtin_inff()), _CMP_NEQ_UQ);
-  return _mm512_maskz_sub_ps(is_finite, x, widened(high));
+  const __m512 rounded = widened(high);
+  const __mmask16 is_finite = _mm512_cmp_ps_mask(_mm512_abs_ps(rounded), _mm512_set1_ps(__builtin_inff()), _CMP_NEQ_UQ);
+  return _mm512_maskz_sub_ps(is_finite, x, rounded);
 }
 
 inline Split split(__m512 first, __m512 second) {

@@ -186,8 +186,11 @@ class Forwarding {
 inline void forward(const Model& model, const Forward& step) { Forwarding(model, step).run(); }
 
 inline std::ptrdiff_t forward_floats(const Model& model, const Forward& step) {
-  const int widest = larger(larger(model.hidden, model.intermediate), model.n_query_heads * model.head_dim);
-  std::ptrdiff_t most = linear_floats(widest, step.n_sequences * step.n_new, step.n_threads);
+  std::ptrdiff_t most = 0;
+  const int widths[] = {model.hidden, model.intermediate, model.n_query_heads * model.head_dim};
+  for (const int n_columns : widths) {
+    most = larger(most, linear_floats(n_columns, step.n_sequences * step.n_new, step.n_threads));
+  }
   for (int i = 0; i < model.n_layers; ++i) {
     const Forwarding forwarding(model, step);
     most = larger(most, attend_floats(forwarding.attention_arguments(i, step.n_new)));

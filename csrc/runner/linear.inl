@@ -179,7 +179,7 @@ inline std::ptrdiff_t linear_floats(std::ptrdiff_t n_columns, int n_inputs, int 
   const std::ptrdiff_t a_thread = larger<std::ptrdiff_t>(kStrip * n_columns + kPanel * kStrip, kWideRows * n_columns);
   std::ptrdiff_t floats = padded(whole_panels(n_inputs) * n_columns) + n_threads * a_thread;
 #ifdef STRATAKV_AMX
-  floats = larger(floats, TiledShape::of(n_columns, n_inputs, kParts).floats(n_threads));
+  for (int parts = 1; parts <= kParts; ++parts) floats = larger(floats, TiledShape::of(n_columns, n_inputs, parts).floats(n_threads));
 #endif
   return floats;
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -212,5 +214,82 @@ def test_a_view_from_before_blocks_moved_is_refused() -> None:
     with pytest.raises(StateError, match="moved"):
         view.gather(torch.float32)
     keys, values = second.view(0).gather(torch.float32)
+    assert torch.equal(keys, rows)
+    assert torch.equal(values, -rows)
+
+
+@every_layout
+def test_an_interrupt_waits_until_ids_and_bytes_agree(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_for("gathered", tiny_llama)
+    ids = random_ids(1, 90, seed=71)
+    cache = small_cache(model, layout, **({"capacity": 90} if layout == "contiguous" else {}))
+    fed_logits(model, cache, ids[:, :60])
+    fork = cache.fork()
+    for verb in ("enlarge", "copy", "extend"):  # those of the growing layout, and of the others
+        done = getattr(Arena, verb)
+
+        def interrupted(*args: Any, verb: str = verb, done: Any = done) -> Any:
+            monkeypatch.setattr(Arena, verb, done)
+            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
+            return done(*args)
+
+        monkeypatch.setattr(Arena, verb, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fed_logits(model, cache, ids[:, 60:])
+    cache.truncate(60)
+    cache.check()
+    for each in (cache, fork):
+        expected = uncached_logits(model, ids)[:, 60:]
+        assert_logits_equal(fed_logits(model, each, ids[:, 60:]), expected)
+
+
+def test_a_step_that_failed_after_its_evictions_leaves_no_view_of_what_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [LayerSpec(0, 1, 1, 1, 2), LayerSpec(1, 1, 1, 1)]
+    spec = build_spec(layers, k_format="fp32", v_format="fp32", block_tokens=2)
+    batch = SequenceBatch(Memory(spec, device=torch.device("cpu"), poison=True))
+    rows = torch.arange(1.0, 8.0).view(1, 1, 7, 1)
+    batch.begin(1, 7)
+    for layer in (0, 1):
+        batch.write(layer, rows, -rows)
+    twin = batch.fork()
+    twin.evict()  # so that it holds the last blocks, and not those that left the window
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("a device that is gone")
+
+    monkeypatch.setattr(Arena, "copy", fail)
+    with pytest.raises(RuntimeError):
+        batch.begin(1, 1)
+    keys, _ = batch.view(0).gather(torch.float32)
+    assert keys.flatten().tolist() == [7.0]
+
+
+@every_way
+def test_capacity_counts_what_stays(way: str) -> None:
+    model, plain = model_for(way, tiny_mistral), model_for("gathered", tiny_mistral)
+    ids = random_ids(1, 20, seed=72)
+    cache = small_cache(model, "contiguous", capacity=8)
+    found = fed_logits(model, cache, ids, [8, *[1] * 12])  # a prompt that fills it, and then a window that moves
+    assert_logits_equal(found, uncached_logits(plain, ids))
+
+
+def test_a_layer_of_another_shape_that_there_is_no_memory_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [LayerSpec(0, 1, 2, 2), LayerSpec(1, 1, 2, 2)]
+    spec = build_spec(layers, k_format="fp32", v_format="fp32", block_tokens=4)
+    batch = SequenceBatch(Memory(spec, device=torch.device("cpu")))
+    batch.begin(1, 3)
+
+    def refuse(*args: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Arena, "_zeros", refuse)
+        with pytest.raises(CapacityError, match="nothing was changed"):
+            batch.respec_layer(LayerSpec(0, 1, 6, 6))
+    assert batch.memory.spec == spec
+    batch.memory.check()
+    batch.respec_layer(LayerSpec(0, 1, 6, 6))
+    rows = torch.randn(1, 1, 3, 6)
+    keys, values = batch.write(0, rows, -rows).gather(torch.float32)
     assert torch.equal(keys, rows)
     assert torch.equal(values, -rows)

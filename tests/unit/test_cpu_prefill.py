@@ -12,7 +12,7 @@ from torch import Tensor
 from stratakv.attention import AttentionOptions, CpuBackend, ReferenceBackend, cpu
 from stratakv.attention.cpu import instruction_sets, is_built
 from stratakv.policies import Window
-from stratakv.testing.views import make_view
+from stratakv.testing.views import make_view, view_of
 
 has_tiles = "amx" in instruction_sets()
 pytestmark = pytest.mark.skipif(not is_built(), reason="installed without the extension, on purpose or for want of g++")
@@ -165,6 +165,29 @@ def test_large_and_small_scores_do_not_overflow(isa: str, format_name: str) -> N
     for scale in (1e-6, 1.0, 300.0):
         tolerance = 1e-3 if format_name == "bf16" else 1e-4  # scores of thousands lose what they have lost of queries
         assert_right(isa, view, queries(1, 4, 30, 16), AttentionOptions(scale), tolerance)
+
+
+@every_kernel
+@pytest.mark.parametrize("score", [1e3, 1e4, 1e5, 1e6])
+def test_rows_apart_weigh_what_their_scores_say_at_any_height(isa: str, format_name: str, score: float) -> None:
+    keys, values = torch.zeros(1, 1, 384, 2), torch.zeros(1, 1, 384, 1)  # which a kernel does not take all at once
+    keys[..., 0] = torch.tensor(score).bfloat16()
+    keys[:, :, 192:, 1] = 0.25
+    values[:, :, 192:] = 1
+    view = view_of(keys, values, 384, block_tokens=64, format=format_name)
+    assert_right(isa, view, torch.ones(1, 1, 384, 2), AttentionOptions(1.0), tolerance=1e-6)
+
+
+@pytest.mark.skipif(not has_tiles, reason="this processor has no AMX, whose queries are split into two numbers")
+@pytest.mark.parametrize("size", [3.3e38, 3.4e38])
+def test_queries_near_the_largest_number_are_numbers(size: float) -> None:
+    keys, values = torch.zeros(1, 1, 40, 2), torch.ones(1, 1, 40, 1)
+    keys[..., 20:, 0] = 1
+    values[..., 20:, :] = 2
+    view = view_of(keys, values, 40, block_tokens=64, format="bf16")
+    out, _ = CpuBackend("amx").run(torch.full((1, 1, 40, 2), size), view, AttentionOptions(1e-38, causal=False))
+    share = torch.tensor(size * 1e-38).sigmoid()
+    torch.testing.assert_close(out.flatten(), (1 + share).expand(40), rtol=0.02, atol=0)
 
 
 @every_isa

@@ -11,6 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    create_sliding_window_causal_mask,
+    eager_mask,
+    sdpa_mask,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama import modeling_llama
 
@@ -18,7 +26,7 @@ from stratakv.attention.cpu import is_built
 from stratakv.errors import ConfigurationError, UnsupportedError
 from stratakv.integrations.transformers import attach
 from stratakv.models.native import NativeRunner
-from stratakv.testing.tiny import VOCABULARY, tiny_gemma2, tiny_gemma3, tiny_llama, tiny_qwen3
+from stratakv.testing.tiny import VOCABULARY, tiny_gemma2, tiny_gemma3, tiny_llama, tiny_mistral, tiny_qwen3
 
 pytestmark = pytest.mark.skipif(not is_built(), reason="installed without the extension, on purpose or for want of g++")
 
@@ -232,7 +240,7 @@ def test_a_class_that_was_patched_by_a_wrapper_is_refused(method: str, monkeypat
     model = tiny_llama()
     mlp = type(model.model.layers[0].mlp)
     monkeypatch.setattr(mlp, method, doubled(getattr(mlp, method)))
-    with pytest.raises(UnsupportedError, match="forward of LlamaMLP is one of torch_tricks"):
+    with pytest.raises(UnsupportedError, match=f"{method} of LlamaMLP is one of torch_tricks"):
         NativeRunner(model)
 
 
@@ -248,17 +256,68 @@ def test_hooks_on_all_modules_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_functions_replaced_within_transformers_show_in_the_logits(
+def test_functions_replaced_within_torch_show_in_the_logits(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_llama().train()
-    right = modeling_llama.apply_rotary_pos_emb
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: right(q, k, sin, cos))
+    monkeypatch.setattr(nn.functional, "silu", torch.zeros_like)
     with pytest.raises(UnsupportedError, match="computes something else"):
         NativeRunner(model, dtype=dtype)
     monkeypatch.undo()
     NativeRunner(model, dtype=dtype)
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["create_causal_mask", "apply_rotary_pos_emb"])
+@pytest.mark.parametrize(
+    "replace", [doubled, lambda _: create_sliding_window_causal_mask, lambda own: functools.partial(own, beta=1)]
+)
+def test_functions_replaced_within_transformers_are_refused(
+    name: str, replace: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()
+    monkeypatch.setattr(modeling_llama, name, replace(getattr(modeling_llama, name)))
+    with pytest.raises(UnsupportedError, match=f"{name} in transformers.models.llama.modeling_llama"):
+        NativeRunner(model)
+
+
+def test_another_method_of_a_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_gemma3(window=24)
+    norm = type(model.model.norm)
+    monkeypatch.setattr(norm, "_norm", doubled(norm._norm))
+    with pytest.raises(UnsupportedError, match="_norm of Gemma3RMSNorm is one of torch_tricks"):
+        NativeRunner(model)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "mine"])
+@pytest.mark.parametrize("mask", [None, doubled(sdpa_mask), eager_mask])
+def test_masks_of_others_are_refused(name: str, mask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_mistral(window=24)  # a window that a few tokens do not show
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, sdpa_attention_forward)
+    if mask is None:
+        monkeypatch.delitem(AttentionMaskInterface._global_mapping, name, raising=False)
+    else:
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, mask)
+    model.set_attn_implementation(name)
+    with pytest.raises(UnsupportedError, match=f"attends by '{name}'"):
+        NativeRunner(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_softcap_of_logits_that_the_model_ignores_is_none(dtype: torch.dtype) -> None:
+    model = tiny_llama()
+    model.config.final_logit_softcapping = 0.1
+    runner = NativeRunner(model, dtype=dtype)
+    expected = model(TOKENS).logits
+    found = runner.forward(runner.new_batch(), TOKENS, every=True)
+    assert (found - expected).square().mean() <= 0.01 * expected.square().mean()
+
+
+def test_rotations_that_are_not_known_to_stay_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROPE_INIT_FUNCTIONS, "my_dynamic", ROPE_INIT_FUNCTIONS["dynamic"])
+    model = tiny_llama(rope_parameters={"rope_type": "my_dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    with pytest.raises(UnsupportedError, match="my_dynamic"):
+        NativeRunner(model)
 
 
 def test_logits_may_be_written_into() -> None:

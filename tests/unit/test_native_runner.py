@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from stratakv.attention.cpu import instruction_sets, is_built
 from stratakv.blocks.batch import SequenceBatch
-from stratakv.errors import ConfigurationError, UnsupportedError
+from stratakv.errors import CapacityError, ConfigurationError, UnsupportedError
 from stratakv.integrations.transformers import KVCache
 from stratakv.integrations.transformers.compat import cache_keyword
 from stratakv.models.native import NativeRunner
@@ -144,6 +144,22 @@ def test_activations_are_rounded_to_bf16_at_most_and_alike_in_any_cut(isa: str) 
         assert (whole - expected).square().mean().sqrt() <= 1e-3 * expected.square().mean().sqrt()
     one = [fed(runner, runner.new_batch(format="fp32"), tokens[:1], cuts) for cuts in ([30], [1])]
     assert (one[0] - one[1]).square().mean().sqrt() <= 1e-3 * one[0].square().mean().sqrt()
+
+
+@every_isa
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "shape"), [(2040, 2080, (1, 97)), (256, 288, (900, 1)), (96, 40, (3, 170))]
+)
+def test_matrices_of_any_width_have_room(
+    isa: str, exact: bool, hidden: int, intermediate: int, shape: tuple[int, int]
+) -> None:
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 1, "head_dim": 8}
+    model = tiny_llama(**sizes)
+    runner = NativeRunner(model, dtype=torch.bfloat16, exact=exact, isa=isa)
+    tokens = some_tokens(*shape)
+    found, expected = runner.forward(runner.new_batch(format="fp32"), tokens, every=True), logits_of(model, tokens)
+    assert (found - expected).square().mean().sqrt() <= 0.05 * expected.square().mean().sqrt()
 
 
 @every_isa
@@ -321,6 +337,25 @@ def test_a_forward_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -
     assert not batch.sequences
     batch.memory.check()
     assert_same(runner.forward(batch, tokens)[:, 0], expected)
+
+
+def test_a_forward_that_there_is_no_room_for_evicts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = NativeRunner(tiny_gemma3(window=9), dtype=torch.float32)
+    batch = runner.new_batch(block_tokens=1)
+    runner.forward(batch, some_tokens(1, 20))
+    empty = torch.empty
+
+    def refuse(*size: Any, **options: Any) -> Tensor:
+        if size and type(size[0]) is int:
+            raise RuntimeError("can't allocate memory")
+        return empty(*size, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", refuse)
+        with pytest.raises(CapacityError, match="nothing was changed"):
+            runner.forward(batch, some_tokens(1, 300))
+    batch.truncate(12)  # rows of the windows are there still
+    assert batch.seen_tokens == 12
 
 
 def test_a_dropped_cache_frees_its_memory() -> None:

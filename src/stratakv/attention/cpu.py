@@ -51,10 +51,11 @@ def load_kernels(isa: str | None = None) -> tuple[Any, str]:
     """
     if _kernels is None:
         raise UnsupportedError("the extension stratakv._kernels was not built; install a C++ compiler and reinstall")
-    available = instruction_sets()
-    chosen = isa or os.environ.get("STRATAKV_ISA") or available[0]
-    if chosen not in available:
-        raise ConfigurationError(f"the instruction set {chosen!r} is not one of {', '.join(available)}")
+    chosen = isa or os.environ.get("STRATAKV_ISA")
+    if not chosen:
+        return _kernels, instruction_sets()[0]
+    if not _kernels.is_supported(chosen):  # asking for all of them would enlarge the process's signal frames, for AMX
+        raise ConfigurationError(f"the instruction set {chosen!r} is not one of {', '.join(instruction_sets())}")
     return _kernels, chosen
 
 

@@ -54,10 +54,11 @@ def plan_advance(
         for sequence in sequences:
             table = tables.get(id(sequence), sequence.tables[g])
             last = table.block_ids[-1] if table.n_rows % group.block_tokens else _COMING
-            # Of sequences that share a last block, the last one keeps it.
             is_shared = last != _COMING and pool.references(last) - leaving[last] > 1
             if is_shared:
-                leaving[last] += 1
+                leaving[last] += (
+                    1  # from here on of growth, too: of sequences that share a last block, the last keeps it
+                )
             n_blocks = group.blocks_for(table.n_rows + n_tokens) - len(table.block_ids) + is_shared
             growths.append((sequence, g, Growth(n_blocks, last if is_shared else None)))
             n_grown += n_blocks

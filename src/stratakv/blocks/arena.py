@@ -82,14 +82,25 @@ class Arena:
             self._moved()
         return self.n_blocks
 
-    def respec(self, spec: GroupSpec) -> None:
-        """Take on `spec`, which differs in what a member's pages look like; those members' bytes start anew."""
-        self._moved()
-        for slab in self.slabs:
-            slab.members = [
+    def other_members(self, spec: GroupSpec) -> list[list[Tensor]]:
+        """The members' bytes of each slab as `respec` needs them: those that differ in `spec` start anew.
+
+        Raises:
+            MemoryError: the system has no room for them.
+        """
+        return [
+            [
                 tensor if old == new else self._zeros(slab.n_blocks, new)
                 for tensor, old, new in zip(slab.members, self.spec.members, spec.members, strict=True)
             ]
+            for slab in self.slabs
+        ]
+
+    def respec(self, spec: GroupSpec, members: list[list[Tensor]]) -> None:
+        """Take on `spec`, which differs in what a member's pages look like, with the bytes of `other_members`."""
+        self._moved()
+        for slab, tensors in zip(self.slabs, members, strict=True):
+            slab.members = tensors
         self.spec = spec
 
     def enlarged_slabs(self, spec: GroupSpec) -> list[Slab]:
@@ -214,7 +225,7 @@ class Arena:
         blocks = BlockTable(1, tuple(self.segments(0, old_blocks[: -(-n_old // span)])))
         reading = ReadPlan(blocks, n_old, 0, span, (), self.version)
         writing = WritePlan(len(rows), 0, span, (tuple(self.locate(block) for block in new_blocks),), self.version)
-        index = torch.tensor(rows)
+        index = torch.tensor(rows, device="cpu")
         for m in range(len(self.spec.members)):
             keys, values = self.read(m, reading, torch.float32)
             self.write(m, writing, keys[:, :, index], values[:, :, index])

@@ -44,6 +44,10 @@ def audit(arenas: Seq[Arena], pools: Seq[BlockPool], live: Seq[Sequence], cached
         usages.append(pool.check([s.tables[g].block_ids for s in live], [s.tables[g].block_ids for s in cached]))
         if pool.n_total != arena.n_blocks:
             raise InvariantError(f"group {g} has {pool.n_total} ids but memory for {arena.n_blocks} blocks")
+        for slab in arena.slabs:
+            shapes = [tuple(member.shape) for member in slab.members]
+            if shapes != [(slab.n_blocks, member.nbytes) for member in arena.spec.members]:
+                raise InvariantError(f"slab {slab.first} of group {g} has bytes of {shapes}")
         span = arena.spec.block_tokens
         filled: dict[int, int] = {}
         for sequence in (*live, *cached):

@@ -11,7 +11,7 @@ from stratakv.blocks.memory import Memory
 from stratakv.blocks.plans import Plans, Step
 from stratakv.blocks.sequence import Sequence
 from stratakv.blocks.view import KVPart, KVView
-from stratakv.errors import ConfigurationError, StateError, UnsupportedError
+from stratakv.errors import CapacityError, ConfigurationError, StateError, UnsupportedError
 from stratakv.plan import KeepPlan, ReadPlan
 from stratakv.policies import RetentionPolicy, Window
 from stratakv.spec import LayerSpec
@@ -89,9 +89,11 @@ class SequenceBatch:
             self.sequences = [self.memory.new_sequence() for _ in range(n_sequences)]
         try:
             self.memory.append(self.sequences, n_tokens, changes)
-        except BaseException:
+        except BaseException as error:
             if is_first:
                 self.sequences = []
+            if not isinstance(error, CapacityError):
+                self._complete = None  # rows that it reads may have left
             raise
         self._complete = None
         self._step = Step(n_tokens)

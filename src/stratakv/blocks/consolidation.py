@@ -28,15 +28,15 @@ def consolidate(pool: BlockPool, arena: Arena, tables: Seq[GroupTable]) -> None:
         arena: the bytes.
         tables: those of all holders there are.
     """
-    n_left, n_free = arena.n_blocks, pool.n_free
+    n_free = pool.n_free
     moving: list[int] = []
     for slab in reversed(arena.slabs):
         n_free -= slab.n_blocks
         if not slab.first or n_free < _spare(slab.first):
             break
-        n_left = slab.first
         moving.extend(b for b in range(slab.first, slab.first + slab.n_blocks) if pool.references(b))
-    if blocks := sorted(block for block in moving if block >= n_left):
+    if moving:
+        blocks = sorted(moving)
         moved = dict(zip(blocks, pool.lowest_free(len(blocks)), strict=True))
         arena.relocate(moved.items())  # first what can fail
         pool.relocate(moved)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -15,10 +16,12 @@ from stratakv.blocks.audit import MemoryUsage, audit
 from stratakv.blocks.budget import Budget
 from stratakv.blocks.consolidation import consolidate, give_back
 from stratakv.blocks.geometry import with_block_tokens, with_layer
+from stratakv.blocks.interrupts import held_interrupts
 from stratakv.blocks.pool import BlockPool
 from stratakv.blocks.sequence import GroupTable, Ledger, Sequence
 from stratakv.codecs import get_codec
 from stratakv.errors import CapacityError, StateError
+from stratakv.plan import run_length
 from stratakv.spec import CacheSpec, LayerSpec
 
 SLAB_BYTES = 64 << 20
@@ -93,18 +96,20 @@ class Memory:
 
     def release(self, sequences: Seq[Sequence]) -> None:
         """Let go of the blocks of `sequences`."""
-        for sequence in sequences:
-            self._freed(sequence.release())
-        self._shrink()
+        with held_interrupts():
+            for sequence in sequences:
+                self._poison(sequence.release())
+            self._shrink()
 
     def truncate(self, sequences: Seq[Sequence], n_tokens: int) -> None:
         """Cut every one of `sequences` to `n_tokens`, or raise StateError and leave all as they were."""
         for sequence in sequences:
             if reason := sequence.can_truncate(n_tokens):
                 raise StateError(reason)
-        for sequence in sequences:
-            self._freed(sequence.truncate(n_tokens))
-        self._shrink()
+        with held_interrupts():
+            for sequence in sequences:
+                self._poison(sequence.truncate(n_tokens))
+            self._shrink()
 
     def append(self, sequences: Seq[Sequence], n_tokens: int, changes: Seq[Change] = ()) -> None:
         """Make room for `n_tokens` more rows in every group of every sequence, or change nothing.
@@ -118,23 +123,15 @@ class Memory:
             ConfigurationError: a change names positions that are not stored.
             CapacityError: over the capacity or over `max_bytes`, or the system has no more memory.
         """
-        if changes:
-            self.settle()  # first, what can fail: slabs that earlier steps left free go back
-        self.settle_orphans()
-        spec = self._fitting_spec(self._check_capacity(sequences, n_tokens))
-        advance = plan_advance(self.ledger, spec.groups, sequences, n_tokens, changes)
-        self._reserve(advance.n_free, spec)
-        self._compact(advance)
-        with ExitStack() as undo:
-            new_blocks = []
-            for _, g, growth in advance.growths:
-                blocks = self._claimed(g, growth.n_blocks, undo)
-                new_blocks.append(blocks)
-                if growth.replaces is not None:
-                    self.arenas[g].copy([(growth.replaces, blocks[0])])
-            undo.pop_all()  # nothing can fail from here on
-        for (sequence, g, growth), blocks in zip(advance.growths, new_blocks, strict=True):
-            sequence.append(g, n_tokens, growth, blocks)
+        with held_interrupts():
+            if changes:
+                self.settle()  # first, what can fail: slabs that earlier steps left free go back
+            self.settle_orphans()
+            spec = self._fitting_spec(self._check_capacity(sequences, n_tokens, changes))
+            advance = plan_advance(self.ledger, spec.groups, sequences, n_tokens, changes)
+            self._reserve(advance.n_free, spec)
+            self._compact(advance)  # whose blocks serve the rows to come, so that a full cache can go on
+            self._grow(advance, n_tokens)
 
     def compact(self, changes: Seq[Change]) -> None:
         """Keep only the rows of each plan in one group of one sequence, and free the blocks that are left over.
@@ -143,28 +140,29 @@ class Memory:
             ConfigurationError: a plan names positions that are not stored.
             CapacityError: rows have to move and no blocks are left to move them into. Nothing was changed.
         """
-        self.settle_orphans()
-        advance = plan_advance(self.ledger, self.spec.groups, (), 0, changes)
-        self._reserve(advance.n_free, self.spec)
-        self._compact(advance)
-        self.settle()
+        with held_interrupts():
+            self.settle_orphans()
+            advance = plan_advance(self.ledger, self.spec.groups, (), 0, changes)
+            self._reserve(advance.n_free, self.spec)
+            self._compact(advance)
+            self.settle()
 
     def respec_layer(self, layer: LayerSpec) -> None:
         """Take on other heads or head dims for a layer of which nothing is stored yet.
 
         Raises:
-            CapacityError: what is reserved would then exceed `max_bytes`.
+            CapacityError: what is reserved would then exceed `max_bytes`, or the system has no more memory. Nothing was
+                changed.
         """
         changed = with_layer(self.spec, layer)
-        self.budget.check(
-            sum(
-                (new.bytes_per_block - old.bytes_per_block) * arena.n_blocks
-                for new, old, arena in zip(changed.groups, self.spec.groups, self.arenas, strict=True)
-            )
-        )
-        self._adopt_spec(changed)
-        for arena, group in zip(self.arenas, self.spec.groups, strict=True):
-            arena.respec(group)
+        enlarging = self._enlarging(changed)
+        self.budget.check(enlarging)
+        with held_interrupts():
+            with _refused_memory(enlarging):
+                members = [a.other_members(new) for a, new in zip(self.arenas, changed.groups, strict=True)]
+            for arena, group, tensors in zip(self.arenas, changed.groups, members, strict=True):
+                arena.respec(group, tensors)
+            self._adopt_spec(changed)
 
     def claim(self, group: int, n_blocks: int) -> list[int]:
         """`n_blocks` blocks of one group, for rows that are loaded rather than appended.
@@ -179,7 +177,7 @@ class Memory:
         """Release the blocks of sequences that were garbage collected."""
         while self._orphans:
             tables = self._orphans.popleft()
-            self._freed([p.release(t.block_ids) for p, t in zip(self.ledger.pools, tables, strict=True)])
+            self._poison([p.release(t.block_ids) for p, t in zip(self.ledger.pools, tables, strict=True)])
 
     def settle(self) -> None:
         """Release what was garbage collected, and give back the slabs that are not needed."""
@@ -228,7 +226,20 @@ class Memory:
             undo.pop_all()  # nothing can fail from here on
         for (sequence, g, plan, change), blocks in zip(advance.compactions, new_blocks, strict=True):
             freed = sequence.compact(g, plan, change, blocks)
-            self._freed([freed if each == g else [] for each in range(len(self.arenas))])
+            self._poison([freed if each == g else [] for each in range(len(self.arenas))])
+
+    def _grow(self, advance: Advance, n_tokens: int) -> None:
+        """Append `n_tokens` rows, or nothing. The blocks they take are free."""
+        with ExitStack() as undo:
+            new_blocks = []
+            for _, g, growth in advance.growths:
+                blocks = self._claimed(g, growth.n_blocks, undo)
+                new_blocks.append(blocks)
+                if growth.replaces is not None:
+                    self.arenas[g].copy([(growth.replaces, blocks[0])])
+            undo.pop_all()  # nothing can fail from here on
+        for (sequence, g, growth), blocks in zip(advance.growths, new_blocks, strict=True):
+            sequence.append(g, n_tokens, growth, blocks)
 
     def _claimed(self, group: int, n_blocks: int, undo: ExitStack) -> list[int]:
         """`n_blocks` of the free blocks, which `undo` gives back."""
@@ -237,9 +248,11 @@ class Memory:
         undo.callback(pool.release, blocks)
         return blocks
 
-    def _check_capacity(self, sequences: Seq[Sequence], n_tokens: int) -> int:
-        """The rows that each sequence will have."""
-        n_rows, capacity = max((s.stored_tokens for s in sequences), default=0) + n_tokens, self.spec.capacity
+    def _check_capacity(self, sequences: Seq[Sequence], n_tokens: int, changes: Seq[Change]) -> int:
+        """The rows that each sequence will have, at most, once `changes` are made."""
+        left = {(id(sequence), g): run_length(plan.runs) for sequence, g, plan in changes}
+        rows = (left.get((id(s), g), table.n_rows) for s in sequences for g, table in enumerate(s.tables))
+        n_rows, capacity = max(rows, default=0) + n_tokens, self.spec.capacity
         if capacity is not None and n_rows > capacity:
             raise CapacityError(f"{n_rows} tokens do not fit into the capacity of {capacity}; nothing was changed")
         return n_rows
@@ -258,23 +271,16 @@ class Memory:
             max(n, min(pool.n_total // 8, SLAB_BYTES // size)) if n and self._is_paged(g) else n
             for g, (n, pool, size) in enumerate(zip(short, self.ledger.pools, sizes, strict=True))
         ]
-        enlarging = sum(
-            (size - old.bytes_per_block) * arena.n_blocks
-            for size, old, arena in zip(sizes, self.spec.groups, self.arenas, strict=True)
-        )
+        enlarging = self._enlarging(spec)
         needed = enlarging + sum(n * size for n, size in zip(short, sizes, strict=True))
         self.budget.check(needed)
         if not self.budget.allows(enlarging + sum(n * s for n, s in zip(generous, sizes, strict=True))):
             generous = short
-        try:
+        with _refused_memory(needed):
             prepared = [
                 (arena.enlarged_slabs(group) if group != arena.spec else None, arena.new_slabs(n, group))
                 for n, arena, group in zip(generous, self.arenas, spec.groups, strict=True)
             ]
-        except MemoryError as error:
-            raise CapacityError(
-                f"the system has no {needed:,} bytes more for the cache; nothing was changed"
-            ) from error
         for (enlarged, added), pool, arena, group in zip(
             prepared, self.ledger.pools, self.arenas, spec.groups, strict=True
         ):
@@ -284,10 +290,18 @@ class Memory:
             pool.grow(sum(slab.n_blocks for slab in added))
         self._adopt_spec(spec)
 
+    def _enlarging(self, spec: CacheSpec) -> int:
+        """Bytes that the blocks there are take more with the pages of `spec`."""
+        return sum(
+            (new.bytes_per_block - old.bytes_per_block) * arena.n_blocks
+            for new, old, arena in zip(spec.groups, self.spec.groups, self.arenas, strict=True)
+        )
+
     def _is_paged(self, group: int) -> bool:
         return self.spec.layout == "paged" or self.spec.groups[group].retention.window is not None
 
-    def _freed(self, blocks: Seq[Seq[int]]) -> None:
+    def _poison(self, blocks: Seq[Seq[int]]) -> None:
+        """Where that was asked for, fill blocks of each group that were freed."""
         if self.poison:
             for arena, freed in zip(self.arenas, blocks, strict=True):
                 arena.poison(freed)
@@ -299,6 +313,15 @@ class Memory:
     def _adopt_spec(self, spec: CacheSpec) -> None:
         self.spec = spec
         self.ledger.groups = spec.groups
+
+
+@contextmanager
+def _refused_memory(needed: int) -> Iterator[None]:
+    """Give the system's refusal of `needed` bytes its name."""
+    try:
+        yield
+    except MemoryError as error:
+        raise CapacityError(f"the system has no {needed:,} bytes more for the cache; nothing was changed") from error
 
 
 def _doubled(block_tokens: int, n_rows: int) -> int:

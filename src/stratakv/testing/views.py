@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.geometry import build_spec
@@ -29,13 +30,26 @@ def make_view(
 
     Freed blocks, and rows that were never written, are NaN.
     """
-    layer = LayerSpec(0, n_kv_heads, k_dim, v_dim)
-    spec = build_spec([layer], k_format=format, v_format=format, block_tokens=block_tokens, policy=policy)
-    memory = Memory(spec, device=torch.device("cpu"), poison=True)
-    batch = SequenceBatch(memory, policy)
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(n_sequences, n_kv_heads, n_rows, k_dim, generator=generator)
     values = torch.randn(n_sequences, n_kv_heads, n_rows, v_dim, generator=generator)
+    return view_of(keys, values, n_new, block_tokens=block_tokens, format=format, policy=policy)
+
+
+def view_of(
+    keys: Tensor,
+    values: Tensor,
+    n_new: int,
+    *,
+    block_tokens: int = 4,
+    format: str = "fp32",
+    policy: RetentionPolicy | None = None,
+) -> KVView:
+    """A view of one layer with these rows, `[n_sequences, n_kv_heads, n_rows, dim]`; otherwise as `make_view`."""
+    n_sequences, n_kv_heads, n_rows, k_dim = keys.shape
+    layer = LayerSpec(0, n_kv_heads, k_dim, values.shape[3])
+    spec = build_spec([layer], k_format=format, v_format=format, block_tokens=block_tokens, policy=policy)
+    batch = SequenceBatch(Memory(spec, device=torch.device("cpu"), poison=True), policy)
     steps = [n_rows - n_new, n_new] if n_rows > n_new else [n_new]
     view = None
     start = 0

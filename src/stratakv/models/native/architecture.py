@@ -19,8 +19,14 @@ FAMILIES = (
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
 )
-ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
-_MOVING_ROTATIONS = ("dynamic", "longrope")  # their angles depend on how long the text has become
+ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
+_STILL_ROTATIONS = (
+    "default",
+    "linear",
+    "llama3",
+    "yarn",
+    "proportional",
+)  # others' angles may change with the text's length
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,10 @@ def architecture_of(model: Any) -> Architecture:
     kinds = tuple(getattr(config, "layer_types", None) or ("full_attention",) * n_layers)
     rotation = model.model.rotary_emb
     types = rotation.rope_type if isinstance(rotation.rope_type, dict) else {"": rotation.rope_type}
-    if moving := sorted(set(types.values()) & set(_MOVING_ROTATIONS)):
-        raise UnsupportedError(f"the native runner does not turn by rotations of type {', '.join(moving)}")
+    if others := sorted(set(types.values()) - set(_STILL_ROTATIONS)):
+        raise UnsupportedError(
+            f"the native runner turns by rotations of type {', '.join(_STILL_ROTATIONS)}, not {', '.join(others)}"
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     softcap = config.attn_logit_softcapping if name == "Gemma2ForCausalLM" else None  # Gemma 3 has it and ignores it
     scale = config.query_pre_attn_scalar**-0.5 if is_gemma else head_dim**-0.5
@@ -101,7 +109,7 @@ def architecture_of(model: Any) -> Architecture:
         embedding_scale=_embedding_scale(model) if is_gemma else 1.0,
         attention_scale=scale,
         attention_softcap=softcap or 0.0,
-        logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+        logit_softcap=(config.final_logit_softcapping if is_gemma else None) or 0.0,
         activation=ACTIVATIONS[activation],
         has_outer_norms=is_gemma,
         layer_types=kinds,

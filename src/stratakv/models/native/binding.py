@@ -11,7 +11,7 @@ from torch import Tensor
 from stratakv.attention.cpu import FORMATS, MOST_POSITIONS, NUMBER_TYPES, PREFILL_QUERIES
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.memory import Memory
-from stratakv.errors import ConfigurationError
+from stratakv.errors import CapacityError, ConfigurationError
 from stratakv.models.native.architecture import Architecture
 from stratakv.models.native.rotation import Rotations
 from stratakv.models.native.weights import LayerWeights, Linear, Weights
@@ -54,11 +54,23 @@ class Binding:
         self._room: dict[str, Tensor] = {}
         self._decoder = self._make(isa, len(memory.spec.groups))
 
+    def prepare(self, n_rows: int, n_positions: int) -> None:
+        """Have room for passes of `n_rows` (sequences times new tokens), and angles up to `n_positions`.
+
+        Raises:
+            CapacityError: the system has no memory for them.
+        """
+        try:
+            self._use_rotations(n_positions)
+            self._make_room(n_rows)
+        except (MemoryError, RuntimeError) as error:  # the latter is how torch reports a failed allocation
+            raise CapacityError(f"the system has no room to compute with {n_rows} rows; nothing was changed") from error
+
     def run(self, batch: SequenceBatch, tokens: Tensor, start: int, stop: int, n_wanted: int, logits: Tensor) -> None:
         """Feed new tokens `[start, stop)` of the batch's open step.
 
         Args:
-            batch: a batch over the memory, whose step has begun.
+            batch: a batch over the memory, whose step has begun after `prepare`.
             tokens: int32 `[n_sequences, n_new]`, all of the step.
             start, stop: which of them.
             n_wanted: the last so many tokens of each sequence are those whose logits are written.
@@ -67,8 +79,6 @@ class Binding:
         n_sequences, n_new = tokens.shape
         seen = batch.seen_tokens
         _slabs = self._use_slabs(batch.memory)  # held until the forward is done, and not longer
-        self._use_rotations(seen + n_new)
-        self._make_room(n_sequences * (stop - start), n_sequences * self._architecture.n_query_heads * (stop - start))
         positions = array("i", [seen + start]) * n_sequences
         fed = tokens[:, start:stop].contiguous()
         wanted_positions = array("i", [seen + stop - n_wanted]) * n_sequences
@@ -177,7 +187,7 @@ class Binding:
             for index, (cosines, sines) in enumerate(tables):
                 self._decoder.set_rotation(index, cosines.data_ptr(), sines.data_ptr(), cosines.shape[1])
 
-    def _make_room(self, n_rows: int, n_lse: int) -> None:
+    def _make_room(self, n_rows: int) -> None:
         facts = self._architecture
         heads = facts.n_query_heads * facts.head_dim
         qkv = heads + 2 * facts.n_kv_heads * facts.head_dim
@@ -185,7 +195,7 @@ class Binding:
             "stream": n_rows * facts.hidden,
             "normed": n_rows * max(facts.hidden, heads, facts.intermediate),
             "produced": n_rows * max(qkv, 2 * facts.intermediate, facts.hidden),
-            "lse": n_lse,
+            "lse": n_rows * facts.n_query_heads,
         }
         if all(name in self._room and self._room[name].numel() >= size for name, size in sizes.items()):
             return

@@ -2,14 +2,16 @@
 
 Adapters, quantised layers, hooks and patched instances change what a module computes and leave its `weight` in place: a
 runner that reads weights would give other logits than the model, and not notice. So a second model of the same class is
-made from the config, without memory for its weights, and the two are compared module by module. What no comparison can
-find, such as a function replaced in transformers' own modules, shows in the logits: the runner is tried once beside it.
+made from the config, without memory for its weights, and the two are compared module by module; functions that forwards
+call have to be where they were written. What no comparison can find, such as something changed within torch, shows in
+the logits: the runner is tried once beside it.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +19,21 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn.modules import module as modules
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stratakv.errors import UnsupportedError
 
 _SOURCES = ("transformers", "torch", "stratakv")
-_WITHOUT_FUNCTION = ("eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+_FLASH = (None, "flash_attention_forward"), "flash_attention_mask"
+# What attends and what makes the masks, by the name under which a model asks for both.
+_WAYS = {
+    "eager": ((None,), "eager_mask"),
+    "sdpa": (("sdpa_attention_forward",), "sdpa_mask"),
+    "flex_attention": (("flex_attention_forward",), "flex_attention_mask"),
+    **{f"flash_attention_{n}": _FLASH for n in (2, 3, 4)},
+    "stratakv": (("attention_forward",), "sdpa_mask"),
+}
 # Attributes that say how a module is used or trained, or that its weights' shapes and the angles tell as well.
 _OWN = {
     *("training", "gradient_checkpointing", "name_or_path", "attention_dropout", "loss_type", "kernel_config"),
@@ -32,9 +43,8 @@ _OWN = {
 # models. A model in half precision rounds after every operation, and a token now and then tips over altogether.
 _ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.15}
 WEIGHT_DTYPES = tuple(_ROUNDING)
-
-
 PROBE_TOKENS = 16
+"""Few, since a large model takes long for each. What shows only further on, like a window's mask, is compared above."""
 
 
 def check_is_plain(model: Any) -> None:
@@ -51,6 +61,8 @@ def check_is_plain(model: Any) -> None:
     found = dict(model.named_modules())
     if different := sorted(expected.keys() ^ found.keys()):
         raise UnsupportedError(f"by its config the model has {len(expected)} modules, it differs in {different[0]!r}")
+    for each in {kind, *map(type, found.values())}:
+        _check_functions(each)
     for name, module in found.items():
         _check_module(name or kind.__name__, module, expected[name])
         if not _is_same(getattr(module, "config", model.config), model.config):
@@ -92,9 +104,6 @@ def _check_module(name: str, module: Any, expected: Any) -> None:
     kind = type(module)
     if kind is not type(expected):
         raise UnsupportedError(f"{name} is a {kind.__name__}, not a {type(expected).__name__}")
-    for function in (kind.forward, kind.__call__):
-        if foreign := _foreign(function):
-            raise UnsupportedError(f"the forward of {kind.__name__} is one of {foreign}")
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     own_calls = {"_call_impl", "_compiled_call_impl"} & {
         key for key, value in vars(module).items() if value is not None
@@ -117,6 +126,22 @@ def _check_module(name: str, module: Any, expected: Any) -> None:
             )
 
 
+def _check_functions(kind: type) -> None:
+    """Look at the methods of a class of modules, and at the functions that the module it was written in has by name."""
+    for base in kind.__mro__:
+        for name, method in vars(base).items():
+            function = method.fget if isinstance(method, property) else method
+            if hasattr(function, "__globals__") and (foreign := _foreign(function)):
+                raise UnsupportedError(f"the {name} of {kind.__name__} is one of {foreign}")
+    if not kind.__module__.startswith("transformers.models."):
+        return
+    for name, function in vars(sys.modules[kind.__module__]).items():
+        if not callable(function) or isinstance(function, type):
+            continue
+        if (foreign := _foreign(function)) or getattr(function, "__name__", None) != name:
+            raise UnsupportedError(f"{name} in {kind.__module__} is {function}, of {foreign or 'another name'}")
+
+
 def _foreign(function: Any) -> str | None:
     """The module a function was written in, or one that it wraps, where that is not one of `_SOURCES`.
 
@@ -125,7 +150,8 @@ def _foreign(function: Any) -> str | None:
     while function is not None:
         inner = function.func if isinstance(function, functools.partial) else getattr(function, "__func__", function)
         written_in = str(getattr(inner, "__globals__", {}).get("__name__") or type(inner).__module__)
-        if written_in.partition(".")[0] not in _SOURCES:
+        root = written_in.partition(".")[0]
+        if root not in _SOURCES and root not in sys.stdlib_module_names:
             return written_in
         function = getattr(inner, "__wrapped__", None)
     return None
@@ -141,8 +167,10 @@ def _is_patched(module: Any) -> bool:
 
 def _check_attention(config: Any) -> None:
     name = getattr(config, "_attn_implementation", None) or "eager"
-    function = ALL_ATTENTION_FUNCTIONS.get(name)
-    if _foreign(function) or (function is None and name not in _WITHOUT_FUNCTION):
+    attention, mask = ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+    names, mask_name = _WAYS.get(name, ((), ""))
+    is_own = getattr(attention, "__name__", None) in names and getattr(mask, "__name__", None) == mask_name
+    if not is_own or _foreign(attention) or _foreign(mask):
         raise UnsupportedError(f"the model attends by {name!r}, which is not one of transformers' own ways")
     if getattr(config, "is_causal", True) is False:
         raise UnsupportedError("the native runner is causal; this model attends in both directions")

@@ -82,7 +82,8 @@ class NativeRunner:
         """Feed new tokens, whose keys and values go into the cache.
 
         Args:
-            batch: the cache. It holds the new tokens afterwards, or is as it was where anything failed.
+            batch: the cache. It holds the new tokens afterwards, or is as it was where anything is refused. Where
+                something else stops it half way, it has the tokens that it had, less those that left its windows.
             tokens: integers `[n_sequences, n_new]`.
             every: give logits of all new tokens rather than of the last one of each sequence.
             out: where the logits go, fp32 `[n_sequences, n_new or 1, vocabulary]`; None: a new tensor.
@@ -111,9 +112,10 @@ class NativeRunner:
         """A step of `batch`, or nothing."""
         n_sequences, n_new = tokens.shape
         binding = self._bind(batch.memory)
+        span = max(MOST_ROWS // n_sequences, 1)
+        binding.prepare(n_sequences * min(span, n_new), batch.seen_tokens + n_new)
         batch.begin(n_sequences, n_new)
         try:
-            span = max(MOST_ROWS // n_sequences, 1)
             for start in range(0, n_new, span):
                 stop = min(start + span, n_new)
                 self._pass(binding, batch, tokens, start, stop, out, every=every)
