@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from stratakv.blocks.interrupts import uninterrupted
 from stratakv.blocks.memory import Memory
 from stratakv.blocks.plans import Plans, Step
 from stratakv.blocks.sequence import Sequence
@@ -26,6 +27,7 @@ class Checkpoint:
         self.seen_tokens = seen_tokens
         self.released = False
 
+    @uninterrupted
     def release(self) -> None:
         """Let go of the blocks; the checkpoint can no longer be rolled back to."""
         self.memory.release(self.sequences)
@@ -68,6 +70,7 @@ class SequenceBatch:
         """The step under way, if one is."""
         return self._step
 
+    @uninterrupted
     def begin(self, n_sequences: int, n_tokens: int) -> None:
         """Start a step of `n_tokens` new tokens for each of `n_sequences`.
 
@@ -134,6 +137,7 @@ class SequenceBatch:
         seen = self.seen_tokens + step.n_tokens
         return [self._plans.read(self.sequences, step, g, seen) for g in range(len(self.memory.arenas))]
 
+    @uninterrupted
     def complete(self) -> None:
         """For a runner that writes by itself: every layer has written its rows of the open step."""
         step = self._step
@@ -142,6 +146,7 @@ class SequenceBatch:
         step.written.update(self.memory.spec.layers_by_index)
         self._commit(step)
 
+    @uninterrupted
     def abort(self) -> None:
         """Undo the open step. An empty cache forgets how many sequences it was to have."""
         self._step = None
@@ -171,6 +176,7 @@ class SequenceBatch:
         sizes = (len(self.sequences), shape.n_kv_heads, shape.k_dim, shape.v_dim)
         return KVView(layer, *sizes, seen - n_new, n_new, tuple(parts))
 
+    @uninterrupted
     def evict(self) -> None:
         """Free the blocks that no coming query sees."""
         self._complete = None
@@ -190,6 +196,7 @@ class SequenceBatch:
                     changes.append((sequence, g, plan))
         return changes
 
+    @uninterrupted
     def compact(self, plan: KeepPlan) -> None:
         """Keep only the rows of `plan` in every group that has no window of the model's own, in every sequence.
 
@@ -204,6 +211,7 @@ class SequenceBatch:
         exact = replace(plan, floor=max(plan.floor, self.seen_tokens))
         self.memory.compact([(sequence, g, exact) for sequence, g in tables])
 
+    @uninterrupted
     def truncate(self, n_tokens: int) -> None:
         """Keep the first `n_tokens` tokens. An incomplete step is undone first. Cut to nothing it is as `reset`.
 
@@ -221,6 +229,7 @@ class SequenceBatch:
         self.seen_tokens = n_tokens
         self._complete = None
 
+    @uninterrupted
     def reset(self) -> None:
         """Forget everything, the number of sequences too."""
         self._step = self._complete = None
@@ -228,6 +237,7 @@ class SequenceBatch:
         self.sequences = []
         self.seen_tokens = 0
 
+    @uninterrupted
     def select(self, indices: Seq[int]) -> None:
         """Let sequence `indices[i]` become sequence i. One that is named twice is shared until either is written."""
         self.check_between_steps()
@@ -245,6 +255,7 @@ class SequenceBatch:
             used.add(index)
         self.memory.release([sequence for i, sequence in enumerate(old) if i not in used])
 
+    @uninterrupted
     def fork(self) -> SequenceBatch:
         """A batch over the same memory that shares all blocks; either copies a block before it writes into it."""
         self.check_between_steps()
@@ -254,11 +265,13 @@ class SequenceBatch:
         twin.recording = self.recording
         return twin
 
+    @uninterrupted
     def checkpoint(self) -> Checkpoint:
         """A state to come back to, at the cost of at most one block copied a sequence and group."""
         self.check_between_steps()
         return Checkpoint(self.memory, self.sequences, self.seen_tokens)
 
+    @uninterrupted
     def rollback(self, mark: Checkpoint) -> None:
         """Return to `mark`, which stays good for more rollbacks. An incomplete step is undone with the rest.
 
@@ -273,6 +286,7 @@ class SequenceBatch:
         self.reset()
         self.sequences, self.seen_tokens = sequences, mark.seen_tokens
 
+    @uninterrupted
     def respec_layer(self, layer: LayerSpec) -> None:
         """Take on heads and head dims that the layer's first rows show.
 
@@ -285,6 +299,7 @@ class SequenceBatch:
             raise UnsupportedError(f"layer {layer.index} stored {old}, its new rows are {layer}")
         self.memory.respec_layer(layer)
 
+    @uninterrupted
     def _commit(self, step: Step) -> None:
         self.seen_tokens += step.n_tokens
         for sequence in self.sequences:

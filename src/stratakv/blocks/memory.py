@@ -16,12 +16,11 @@ from stratakv.blocks.audit import MemoryUsage, audit
 from stratakv.blocks.budget import Budget
 from stratakv.blocks.consolidation import consolidate, give_back
 from stratakv.blocks.geometry import with_block_tokens, with_layer
-from stratakv.blocks.interrupts import held_interrupts
+from stratakv.blocks.interrupts import uninterrupted
 from stratakv.blocks.pool import BlockPool
 from stratakv.blocks.sequence import GroupTable, Ledger, Sequence
 from stratakv.codecs import get_codec
 from stratakv.errors import CapacityError, StateError
-from stratakv.plan import run_length
 from stratakv.spec import CacheSpec, LayerSpec
 
 SLAB_BYTES = 64 << 20
@@ -96,20 +95,18 @@ class Memory:
 
     def release(self, sequences: Seq[Sequence]) -> None:
         """Let go of the blocks of `sequences`."""
-        with held_interrupts():
-            for sequence in sequences:
-                self._poison(sequence.release())
-            self._shrink()
+        for sequence in sequences:
+            self._poison(sequence.release())
+        self._shrink()
 
     def truncate(self, sequences: Seq[Sequence], n_tokens: int) -> None:
         """Cut every one of `sequences` to `n_tokens`, or raise StateError and leave all as they were."""
         for sequence in sequences:
             if reason := sequence.can_truncate(n_tokens):
                 raise StateError(reason)
-        with held_interrupts():
-            for sequence in sequences:
-                self._poison(sequence.truncate(n_tokens))
-            self._shrink()
+        for sequence in sequences:
+            self._poison(sequence.truncate(n_tokens))
+        self._shrink()
 
     def append(self, sequences: Seq[Sequence], n_tokens: int, changes: Seq[Change] = ()) -> None:
         """Make room for `n_tokens` more rows in every group of every sequence, or change nothing.
@@ -123,15 +120,14 @@ class Memory:
             ConfigurationError: a change names positions that are not stored.
             CapacityError: over the capacity or over `max_bytes`, or the system has no more memory.
         """
-        with held_interrupts():
-            if changes:
-                self.settle()  # first, what can fail: slabs that earlier steps left free go back
-            self.settle_orphans()
-            spec = self._fitting_spec(self._check_capacity(sequences, n_tokens, changes))
-            advance = plan_advance(self.ledger, spec.groups, sequences, n_tokens, changes)
-            self._reserve(advance.n_free, spec)
-            self._compact(advance)  # whose blocks serve the rows to come, so that a full cache can go on
-            self._grow(advance, n_tokens)
+        if changes:
+            self.settle()  # first, what can fail: slabs that earlier steps left free go back
+        self.settle_orphans()
+        spec = self._fitting_spec(self._check_capacity(sequences, n_tokens))
+        advance = plan_advance(self.ledger, spec.groups, sequences, n_tokens, changes)
+        self._reserve(advance.n_free, spec)
+        self._compact(advance)  # whose blocks serve the rows to come, so that a full cache can go on
+        self._grow(advance, n_tokens)
 
     def compact(self, changes: Seq[Change]) -> None:
         """Keep only the rows of each plan in one group of one sequence, and free the blocks that are left over.
@@ -140,12 +136,11 @@ class Memory:
             ConfigurationError: a plan names positions that are not stored.
             CapacityError: rows have to move and no blocks are left to move them into. Nothing was changed.
         """
-        with held_interrupts():
-            self.settle_orphans()
-            advance = plan_advance(self.ledger, self.spec.groups, (), 0, changes)
-            self._reserve(advance.n_free, self.spec)
-            self._compact(advance)
-            self.settle()
+        self.settle_orphans()
+        advance = plan_advance(self.ledger, self.spec.groups, (), 0, changes)
+        self._reserve(advance.n_free, self.spec)
+        self._compact(advance)
+        self.settle()
 
     def respec_layer(self, layer: LayerSpec) -> None:
         """Take on other heads or head dims for a layer of which nothing is stored yet.
@@ -157,12 +152,11 @@ class Memory:
         changed = with_layer(self.spec, layer)
         enlarging = self._enlarging(changed)
         self.budget.check(enlarging)
-        with held_interrupts():
-            with _refused_memory(enlarging):
-                members = [a.other_members(new) for a, new in zip(self.arenas, changed.groups, strict=True)]
-            for arena, group, tensors in zip(self.arenas, changed.groups, members, strict=True):
-                arena.respec(group, tensors)
-            self._adopt_spec(changed)
+        with _refused_memory(enlarging):
+            members = [a.other_members(new) for a, new in zip(self.arenas, changed.groups, strict=True)]
+        for arena, group, tensors in zip(self.arenas, changed.groups, members, strict=True):
+            arena.respec(group, tensors)
+        self._adopt_spec(changed)
 
     def claim(self, group: int, n_blocks: int) -> list[int]:
         """`n_blocks` blocks of one group, for rows that are loaded rather than appended.
@@ -187,6 +181,7 @@ class Memory:
             consolidate(pool, arena, [sequence.tables[g] for sequence in held])
         self._shrink()
 
+    @uninterrupted
     def check(self) -> MemoryUsage:
         """Verify every count, id and length there is.
 
@@ -248,11 +243,11 @@ class Memory:
         undo.callback(pool.release, blocks)
         return blocks
 
-    def _check_capacity(self, sequences: Seq[Sequence], n_tokens: int, changes: Seq[Change]) -> int:
-        """The rows that each sequence will have, at most, once `changes` are made."""
-        left = {(id(sequence), g): run_length(plan.runs) for sequence, g, plan in changes}
-        rows = (left.get((id(s), g), table.n_rows) for s in sequences for g, table in enumerate(s.tables))
-        n_rows, capacity = max(rows, default=0) + n_tokens, self.spec.capacity
+    def _check_capacity(self, sequences: Seq[Sequence], n_tokens: int) -> int:
+        """The rows that each sequence will have in groups without a window. In the others old ones leave."""
+        unbounded = [g for g, group in enumerate(self.spec.groups) if group.retention.window is None]
+        rows = (sequence.tables[g].n_rows for sequence in sequences for g in unbounded)
+        n_rows, capacity = max(rows, default=-n_tokens) + n_tokens, self.spec.capacity
         if capacity is not None and n_rows > capacity:
             raise CapacityError(f"{n_rows} tokens do not fit into the capacity of {capacity}; nothing was changed")
         return n_rows

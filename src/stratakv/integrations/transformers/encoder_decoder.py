@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
 from stratakv.blocks.audit import MemoryUsage
+from stratakv.blocks.interrupts import uninterrupted
 from stratakv.errors import StateError, UnsupportedError
 from stratakv.integrations.transformers.cache import KVCache
 from stratakv.integrations.transformers.state import CacheCheckpoint
@@ -67,26 +68,31 @@ class EncoderDecoderKVCache(EncoderDecoderCache):  # type: ignore[misc]  # trans
     def check_dynamic_cache(self, method: str) -> None:
         """Nothing to refuse: both caches can do all that transformers asks of a dynamic cache."""
 
+    @uninterrupted
     def truncate(self, n_tokens: int) -> None:
         """Keep the first `n_tokens` decoder tokens. What an incomplete forward left in either cache is taken back."""
         self.self_attention_cache.truncate(n_tokens)
         self._drop_open_cross_step()
 
+    @uninterrupted
     def crop(self, tokens: int = 0) -> None:
         """As `KVCache.crop`, for the decoder's tokens."""
         self.self_attention_cache.crop(tokens)
         self._drop_open_cross_step()
 
+    @uninterrupted
     def reset(self) -> None:
         """Forget everything, the encoder's rows too."""
         self.self_attention_cache.reset()
         self.cross_attention_cache.reset()
         self.is_updated = dict.fromkeys(self.is_updated, False)
 
+    @uninterrupted
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let sequence `beam_idx[i]` become sequence i, in both caches."""
         self.batch_select_indices(beam_idx)
 
+    @uninterrupted
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at `indices`, in both caches."""
         both = self.self_attention_cache, self.cross_attention_cache
@@ -97,6 +103,7 @@ class EncoderDecoderKVCache(EncoderDecoderCache):  # type: ignore[misc]  # trans
         for cache in both:
             cache.batch_select_indices(chosen)
 
+    @uninterrupted
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Have every sequence `repeats` times, in both caches."""
         self.self_attention_cache.batch_repeat_interleave(repeats)
@@ -106,6 +113,7 @@ class EncoderDecoderKVCache(EncoderDecoderCache):  # type: ignore[misc]  # trans
         """Keep rows that leave a window until the next `crop`."""
         self.self_attention_cache.activate_past_recording()
 
+    @uninterrupted
     def fork(self) -> EncoderDecoderKVCache:
         """A pair of its own that shares all blocks with this one."""
         twin = self.__class__.__new__(self.__class__)
@@ -118,10 +126,12 @@ class EncoderDecoderKVCache(EncoderDecoderCache):  # type: ignore[misc]  # trans
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderDecoderKVCache:
         return self.fork()
 
+    @uninterrupted
     def checkpoint(self) -> EncoderDecoderCheckpoint:
         """A state to come back to with `rollback`."""
         return EncoderDecoderCheckpoint(self)
 
+    @uninterrupted
     def rollback(self, mark: EncoderDecoderCheckpoint) -> None:
         """Return to `mark`."""
         if mark.own.rows.released or mark.cross.rows.released:
@@ -130,6 +140,7 @@ class EncoderDecoderKVCache(EncoderDecoderCache):  # type: ignore[misc]  # trans
         self.cross_attention_cache.rollback(mark.cross)
         self.is_updated = dict(mark.is_updated)
 
+    @uninterrupted
     def _drop_open_cross_step(self) -> None:
         """The encoder's rows come whole with the first forward; where that stopped, none of them is left."""
         if self.cross_attention_cache.batch.open_step is not None:
@@ -149,6 +160,7 @@ class EncoderDecoderCheckpoint:
         self.cross: CacheCheckpoint = cache.cross_attention_cache.checkpoint()
         self.is_updated = dict(cache.is_updated)
 
+    @uninterrupted
     def release(self) -> None:
         """Let go of the blocks."""
         self.own.release()

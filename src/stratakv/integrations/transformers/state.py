@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stratakv.blocks.audit import MemoryUsage
 from stratakv.blocks.batch import Checkpoint, SequenceBatch
+from stratakv.blocks.interrupts import uninterrupted
 from stratakv.errors import ConfigurationError, StateError, UnsupportedError
 from stratakv.integrations.transformers import recurrent
 from stratakv.integrations.transformers.compat import (
@@ -145,6 +146,7 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
 
     # Going back
 
+    @uninterrupted
     def truncate(self, n_tokens: int) -> None:
         """Keep the first `n_tokens` tokens. What an incomplete forward left is taken back first.
 
@@ -165,6 +167,7 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
         if self.token_ids is not None:
             self.token_ids = tuple(ids[:n_tokens] for ids in self.token_ids)
 
+    @uninterrupted
     def crop(self, tokens: int = 0) -> None:
         """transformers' verb: 0 removes nothing, -k removes the last k tokens (all, where there are fewer).
 
@@ -194,6 +197,7 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
         """Whether rows that leave a window are kept until the next `crop`."""
         return bool(getattr(self.layers[layer_idx], "record_past", False))
 
+    @uninterrupted
     def checkpoint(self) -> CacheCheckpoint:
         """A state to come back to with `rollback`, as often as wanted.
 
@@ -205,6 +209,7 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
         self._fed.check(self.batch.seen_tokens)
         return CacheCheckpoint(self)
 
+    @uninterrupted
     def rollback(self, mark: CacheCheckpoint) -> None:
         """Return to `mark`.
 
@@ -218,6 +223,7 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
             recurrent.restore_states(self.layers[index], states)
         self.token_ids = mark.token_ids
 
+    @uninterrupted
     def reset(self) -> None:
         """Forget everything, the batch size too."""
         self._epoch.advance()
@@ -227,6 +233,7 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
             recurrent.reset_states(layer)
         self.token_ids = None
 
+    @uninterrupted
     def fork(self) -> Self:
         """A cache of its own that shares all blocks with this one; either copies a block before it writes into it.
 
@@ -251,6 +258,7 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
     def __reduce__(self) -> Any:
         raise UnsupportedError("a KVCache is not pickled; use cache.save(path) and KVCache.load(path, model)")
 
+    @uninterrupted
     def compact(self, plan: KeepPlan) -> None:
         """Keep only the rows of `plan`, in the layers that have no window of the model's own.
 
@@ -265,10 +273,12 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
 
     # The batch
 
+    @uninterrupted
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let sequence `beam_idx[i]` become sequence i. Copies nothing."""
         self.batch_select_indices(beam_idx)
 
+    @uninterrupted
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at `indices`, in that order."""
         chosen = self.checked_selection(indices)
@@ -297,6 +307,7 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
             raise ConfigurationError(f"there are {n} sequences, got indices {chosen.tolist()}")
         return chosen % n if n else chosen
 
+    @uninterrupted
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Have every sequence `repeats` times, side by side. Copies nothing.
 
@@ -341,6 +352,7 @@ class CacheCheckpoint:
         """Tokens that the cache had seen."""
         return self.rows.seen_tokens
 
+    @uninterrupted
     def release(self) -> None:
         """Let go of the blocks."""
         self.rows.release()

@@ -11,20 +11,25 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 from collections.abc import Callable
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from torch.nn.modules import module as modules
+from transformers import masking_utils
+from transformers.integrations import sdpa_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stratakv.errors import UnsupportedError
 
 _SOURCES = ("transformers", "torch", "stratakv")
+_HARMLESS = ("typing", "dataclasses", "kernels.layer.layer")  # the last one's functions call what they decorate
 _FLASH = (None, "flash_attention_forward"), "flash_attention_mask"
 # What attends and what makes the masks, by the name under which a model asks for both.
 _WAYS = {
@@ -63,6 +68,8 @@ def check_is_plain(model: Any) -> None:
         raise UnsupportedError(f"by its config the model has {len(expected)} modules, it differs in {different[0]!r}")
     for each in {kind, *map(type, found.values())}:
         _check_functions(each)
+    for module in (masking_utils, sdpa_attention):
+        _check_names(module)
     for name, module in found.items():
         _check_module(name or kind.__name__, module, expected[name])
         if not _is_same(getattr(module, "config", model.config), model.config):
@@ -127,19 +134,31 @@ def _check_module(name: str, module: Any, expected: Any) -> None:
 
 
 def _check_functions(kind: type) -> None:
-    """Look at the methods of a class of modules, and at the functions that the module it was written in has by name."""
-    for base in kind.__mro__:
-        for name, method in vars(base).items():
-            function = method.fget if isinstance(method, property) else method
-            if hasattr(function, "__globals__") and (foreign := _foreign(function)):
+    """Look at the forward of a class of modules, and at what its forward may call by name."""
+    forward, call = inspect.getattr_static(kind, "forward"), inspect.getattr_static(kind, "__call__")
+    own = next(base for base in kind.__mro__ if "forward" in vars(base))
+    if foreign := _foreign(forward) or _foreign(call):
+        raise UnsupportedError(f"the forward of {kind.__name__} is one of {foreign}")
+    if not issubclass(kind, transformers.PreTrainedModel):  # which have methods of many kinds
+        for name, method in vars(kind).items():
+            if isinstance(method, FunctionType) and name != "__init__" and (foreign := _foreign(method)):
                 raise UnsupportedError(f"the {name} of {kind.__name__} is one of {foreign}")
-    if not kind.__module__.startswith("transformers.models."):
-        return
-    for name, function in vars(sys.modules[kind.__module__]).items():
+    if kind.__module__.startswith("transformers.models."):
+        if not (written := inspect.unwrap(forward).__qualname__).startswith(f"{own.__name__}."):
+            raise UnsupportedError(f"the forward of {kind.__name__} is {written}")
+        _check_names(sys.modules[kind.__module__])
+
+
+def _check_names(module: ModuleType) -> None:
+    """Refuse functions that were put in the place of others in one of transformers' modules."""
+    for name, function in vars(module).items():
         if not callable(function) or isinstance(function, type):
             continue
-        if (foreign := _foreign(function)) or getattr(function, "__name__", None) != name:
-            raise UnsupportedError(f"{name} in {kind.__module__} is {function}, of {foreign or 'another name'}")
+        foreign = _foreign(function)
+        if foreign in _HARMLESS:
+            continue
+        if foreign or getattr(function, "__name__", None) != name:
+            raise UnsupportedError(f"{name} in {module.__name__} is {function}, of {foreign or 'another name'}")
 
 
 def _foreign(function: Any) -> str | None:
@@ -150,8 +169,8 @@ def _foreign(function: Any) -> str | None:
     while function is not None:
         inner = function.func if isinstance(function, functools.partial) else getattr(function, "__func__", function)
         written_in = str(getattr(inner, "__globals__", {}).get("__name__") or type(inner).__module__)
-        root = written_in.partition(".")[0]
-        if root not in _SOURCES and root not in sys.stdlib_module_names:
+        is_memo = isinstance(inner, functools._lru_cache_wrapper)
+        if written_in.partition(".")[0] not in _SOURCES and not is_memo:
             return written_in
         function = getattr(inner, "__wrapped__", None)
     return None

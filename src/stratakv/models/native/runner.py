@@ -114,13 +114,15 @@ class NativeRunner:
         binding = self._bind(batch.memory)
         span = max(MOST_ROWS // n_sequences, 1)
         binding.prepare(n_sequences * min(span, n_new), batch.seen_tokens + n_new)
-        batch.begin(n_sequences, n_new)
+        batch.check_between_steps()
         try:
+            batch.begin(n_sequences, n_new)
             for start in range(0, n_new, span):
                 stop = min(start + span, n_new)
                 self._pass(binding, batch, tokens, start, stop, out, every=every)
         except BaseException:
-            batch.abort()
+            if batch.open_step is not None:
+                batch.abort()
             raise
         batch.complete()
 
