@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -220,6 +221,14 @@ def test_a_view_from_before_blocks_moved_is_refused() -> None:
     assert torch.equal(values, -rows)
 
 
+@pytest.fixture
+def as_in_front() -> Iterator[None]:
+    """The handler of Ctrl-C that a process has which was not started in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupting(patch: pytest.MonkeyPatch, owner: type, name: str) -> None:
     """Let Ctrl-C come with the next call of a method, when it has done its work."""
     done = getattr(owner, name)
@@ -244,6 +253,7 @@ VERBS: dict[str, tuple[int, Any]] = {  # and the tokens that are left
 }
 
 
+@pytest.mark.usefixtures("as_in_front")
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("point", [(Memory, "_shrink"), (BlockPool, "retain"), (BlockPool, "release")])
 def test_an_interrupt_waits_until_a_verb_is_done(
@@ -267,6 +277,7 @@ def test_an_interrupt_waits_until_a_verb_is_done(
     assert_logits_equal(fed_logits(model, cache, ids[:, n_left:]), uncached_logits(model, ids)[:, n_left:])
 
 
+@pytest.mark.usefixtures("as_in_front")
 @every_layout
 @pytest.mark.parametrize("point", [(Memory, "_reserve"), (Memory, "_compact"), (Memory, "_grow"), (Arena, "extend")])
 @pytest.mark.parametrize("takes_back", [True, False])
@@ -289,6 +300,7 @@ def test_a_forward_that_is_interrupted_can_be_repeated(
         assert_logits_equal(fed_logits(model, each, ids[:, 60:]), expected)
 
 
+@pytest.mark.usefixtures("as_in_front")
 def test_other_signals_that_raise_do_not_take_the_interrupt_away() -> None:
     def expire(*_: Any) -> None:
         raise TimeoutError
