@@ -1,0 +1,115 @@
+"""Ctrl-C at any time: a verb is done or it did not happen, and the cache goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from stratakv.blocks.arena import Arena
+from stratakv.blocks.interrupts import uninterrupted
+from stratakv.blocks.memory import Memory
+from stratakv.blocks.pool import BlockPool
+from stratakv.testing.running import assert_logits_equal, fed_logits, random_ids, uncached_logits
+from stratakv.testing.tiny import tiny_llama
+from stratakv.testing.ways import LAYOUTS, model_for, small_cache
+
+
+@pytest.fixture(autouse=True)
+def as_in_front() -> Iterator[None]:
+    """The handler of Ctrl-C that a process has which was not started in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupting(patch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+    """Let Ctrl-C come with the next call of a method, when it has done its work."""
+    done = getattr(owner, name)
+
+    def interrupted(*args: Any) -> Any:
+        patch.setattr(owner, name, done)
+        found = done(*args)
+        os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    patch.setattr(owner, name, interrupted)
+
+
+VERBS: dict[str, tuple[int, Any]] = {  # and the tokens that are left
+    "truncate": (5, lambda cache, mark: cache.truncate(5)),
+    "truncate to nothing": (0, lambda cache, mark: cache.truncate(0)),
+    "reset": (0, lambda cache, mark: cache.reset()),
+    "rollback": (8, lambda cache, mark: cache.rollback(mark)),
+    "release": (12, lambda cache, mark: mark.release()),
+    "fork": (12, lambda cache, mark: cache.fork()),
+    "select": (12, lambda cache, mark: cache.batch_select_indices(torch.tensor([1, 1]))),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("point", [(Memory, "_shrink"), (BlockPool, "retain"), (BlockPool, "release")])
+def test_an_interrupt_waits_until_a_verb_is_done(
+    verb: str, point: tuple[type, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_for("gathered", tiny_llama)
+    ids = random_ids(1, 20, seed=73).expand(2, -1)
+    cache = small_cache(model)
+    fed_logits(model, cache, ids[:, :8])
+    mark = cache.checkpoint()
+    fed_logits(model, cache, ids[:, 8:12])
+    n_left, run = VERBS[verb]
+    with monkeypatch.context() as patch:
+        interrupting(patch, *point)
+        try:
+            run(cache, mark)
+        except KeyboardInterrupt:
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    cache.check()
+    assert cache.seen_tokens == n_left
+    assert_logits_equal(fed_logits(model, cache, ids[:, n_left:]), uncached_logits(model, ids)[:, n_left:])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("point", [(Memory, "_reserve"), (Memory, "_compact"), (Memory, "_grow"), (Arena, "extend")])
+@pytest.mark.parametrize("takes_back", [True, False])
+def test_a_forward_that_is_interrupted_can_be_repeated(
+    layout: str, point: tuple[type, str], takes_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_for("gathered", tiny_llama)
+    ids = random_ids(1, 90, seed=71)
+    cache = small_cache(model, layout, **({"capacity": 90} if layout == "contiguous" else {}))
+    fed_logits(model, cache, ids[:, :60])
+    fork = cache.fork()
+    interrupting(monkeypatch, *point)
+    with pytest.raises(KeyboardInterrupt):
+        fed_logits(model, cache, ids[:, 60:])
+    if takes_back:  # else the same tokens go into the room that was made for them, since no layer has written yet
+        cache.truncate(60)
+    cache.check()
+    for each in (cache, fork):
+        expected = uncached_logits(model, ids)[:, 60:]
+        assert_logits_equal(fed_logits(model, each, ids[:, 60:]), expected)
+
+
+def test_other_signals_that_raise_do_not_take_the_interrupt_away() -> None:
+    def expire(*_: Any) -> None:
+        raise TimeoutError
+
+    held = uninterrupted(lambda: None)
+    before = signal.signal(signal.SIGALRM, expire)
+    try:
+        for _ in range(300):
+            signal.setitimer(signal.ITIMER_REAL, 0.0003)
+            with pytest.raises(TimeoutError):
+                while True:
+                    held()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    held()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
