@@ -119,6 +119,9 @@ NB_MODULE(_kernels, m) {
   m.def("supported_isas", &supported_isas, "Instruction sets that are compiled in and that this processor has, best first.");
   m.def("is_supported", &is_supported, nb::arg("isa"), "Whether an instruction set is one of those. No other one is asked for.");
   m.def(
+      "tiles_bf16", [](const std::string& isa) { return stratakv::kernels_of(isa.c_str()).tiles_bf16; }, nb::arg("isa"),
+      "Whether products with bf16 matrices want them in tiles.");
+  m.def(
       "read_all",
       [](std::intptr_t words, std::int64_t n, int n_threads) {
         nb::gil_scoped_release release;

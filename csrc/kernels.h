@@ -10,6 +10,7 @@ namespace stratakv {
 
 struct Kernels {
   const char* isa;
+  bool tiles_bf16;         // whether products with bf16 matrices want them in tiles
   bool (*is_supported)();  // by this processor
   bool (*is_prompt)(const AttentionArguments&);  // whether the kernel for prompts takes the call
   void (*attend)(const AttentionArguments&);

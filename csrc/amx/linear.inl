@@ -1,147 +1,210 @@
-// Products of some rows with a large matrix of bf16 numbers by AMX: y = x W^T.
+// Products of rows with a matrix of bf16 numbers by AMX: y = x W^T.
 //
-// Tiles of W are read as they lie. x is rounded to bf16, or split into two bf16 parts, and packed for all of W; what comes
-// out has the rows of W down and the inputs across, and is turned on its way to y.
+// W lies in tiles, in the order in which they are needed, so that it is read in one line: pairs of panels of 16 rows,
+// and in a pair for every 32 columns a tile of either panel, as [two columns, row, 2] (Matrix::is_tiled). x lies in rows
+// of bf16 numbers, rounded or in two parts. What comes out has inputs down and rows of W across, as y has.
 #pragma once
 
 #include <cstddef>
 
-#include "amx/product.inl"
+#include "amx/exponential.h"
+#include "amx/tiles.h"
 #include "isa/partial.h"
 #include "isa/small.h"
-#include "runner/linear_arguments.h"
+#include "runner/arguments.h"
+#include "runner/elementwise.inl"
 #include "threads.h"
 
 namespace stratakv::STRATAKV_ISA {
 
-// Columns of W whose tiles stay in the first cache while all inputs meet them.
-constexpr int kMostColumns = 640;
+// Numbers from one input to the next: as many fp32 numbers as fill whole steps, whose place the bf16 numbers take.
+inline std::ptrdiff_t input_pitch(std::ptrdiff_t n_columns) { return whole_steps(n_columns) * kDeep; }
 
-// Bytes of packed inputs that stay in the second cache while all of W goes by.
-constexpr std::ptrdiff_t kPackedBytes = 1 << 20;
-
-// How a product is cut, and what a thread's share of `scratch` holds.
-struct TiledShape {
-  std::ptrdiff_t n_steps, panel;  // of a panel of 16 inputs: steps, numbers
-  int together;                   // inputs that are packed at a time
-  std::ptrdiff_t packed, sums, rows;  // floats: of the packed inputs; of a thread's sums; of its copied rows
-
-  static TiledShape of(std::ptrdiff_t n_columns, int n_inputs, int parts) {
-    const std::ptrdiff_t panel = packed_numbers(n_columns, parts), panel_bytes = panel * static_cast<std::ptrdiff_t>(sizeof(BFloat));
-    const int most = static_cast<int>(between<std::ptrdiff_t>(kPackedBytes / panel_bytes / 2, 1, 1 << 10)) * kTiledPair;
-    const int together = smaller(most, n_inputs), n_pairs = (together + kTiledPair - 1) / kTiledPair;
-    return {whole_steps(n_columns), panel, together, n_pairs * panel, std::ptrdiff_t{n_pairs} * 4 * kTileSums,
-            whole_steps(n_columns) * kDeep * kTiledRows / 2};
+// An input of `n` fp32 numbers becomes [step, part, 32] bf16 numbers in its place, zeros behind the last.
+template <int kOf>
+inline void settle_input(float* x, int n) {
+  BFloat* to = reinterpret_cast<BFloat*>(x);
+  for (int d = 0; d < n; d += kDeep, to += kOf * kDeep) {
+    const int some = n - d;
+    const Vec first = load_up_to(x + d, some);
+    const Vec second = some > Vec::kWidth ? load_up_to(x + d + Vec::kWidth, some - Vec::kWidth) : Vec::zero();
+    const Split parts = split(first.v, second.v);
+    _mm512_storeu_si512(to, parts.high);
+    if constexpr (kOf == kParts) _mm512_storeu_si512(to + kDeep, parts.low);
   }
+}
 
-  std::ptrdiff_t floats(int n_threads) const { return packed + n_threads * (sums + rows); }
+// Lines of 64 bytes that W has for a step of 32 columns.
+constexpr int kLinesOfStep = 2 * kTileNumbers * static_cast<int>(sizeof(BFloat)) / 64;
+
+// What is asked for while a product is made: `lines` lines of 64 bytes a step.
+struct Ahead {
+  const char* from;
+  int lines;
 };
 
-// A tile of sums to the places of `n_inputs` inputs and `n_rows` rows in y.
-inline void turn(const float* sums, int n_inputs, int n_rows, float* y, std::ptrdiff_t stride) {
-  Vec x[kTile];
-  STRATAKV_UNROLL
-  for (int i = 0; i < kTile; ++i) x[i] = Vec::load(sums + i * kTile);
-  Vec::transpose(x);
-  if (n_inputs >= kTile && n_rows >= kTile) {
+// Up to 32 inputs with a pair of panels of W.
+template <int kOf, bool kTwo>
+inline void multiply_pair(const BFloat* x, std::ptrdiff_t pitch, const BFloat* w, std::ptrdiff_t n_steps, Ahead ahead) {
+  const std::ptrdiff_t stride = pitch * static_cast<std::ptrdiff_t>(sizeof(float));
+  const BFloat* const lower = x + kTile * 2 * pitch;
+  for (std::ptrdiff_t k = 0; k < n_steps; ++k, w += 2 * kTileNumbers) {
+    for (int line = 0; line < ahead.lines; ++line, ahead.from += 64) _mm_prefetch(ahead.from, _MM_HINT_T1);
+    load_tile<6>(w);
+    load_tile<7>(w + kTileNumbers);
     STRATAKV_UNROLL
-    for (int i = 0; i < kTile; ++i) x[i].store(y + i * stride);
+    for (int part = 0; part < kOf; ++part) {
+      const std::ptrdiff_t at = (k * kOf + part) * kDeep;
+      load_tile<4>(x + at, stride);
+      add_product<0, 4, 6>();
+      add_product<1, 4, 7>();
+      if constexpr (kTwo) {
+        load_tile<5>(lower + at, stride);
+        add_product<2, 5, 6>();
+        add_product<3, 5, 7>();
+      }
+    }
+  }
+}
+
+// Sums go to y [input, row of W], `pitch` numbers from input to input: written, or added to. The tiles 0 and 1 are those of
+// the first 16 inputs with either panel of a pair, 2 and 3 those of the others.
+struct TiledOutput {
+  float* y;
+  std::ptrdiff_t pitch, n_rows;
+  bool adds;
+};
+
+template <int kNumber>
+inline void begin_tile(const TiledOutput& out, float* y, bool is_whole) {
+  if (out.adds && is_whole) {
+    load_tile<kNumber>(y, out.pitch * static_cast<std::ptrdiff_t>(sizeof(float)));
+  } else {
+    zero_tile<kNumber>();
+  }
+}
+
+// `n` inputs, `some` rows of W.
+template <int kNumber>
+inline void end_tile(const TiledOutput& out, float* y, int n, int some) {
+  if (some >= kTile) {
+    store_tile<kNumber>(y, out.pitch * static_cast<std::ptrdiff_t>(sizeof(float)));
     return;
   }
-  for (int i = 0; i < smaller(n_inputs, kTile); ++i) store_up_to(x[i], y + i * stride, n_rows);
+  alignas(64) float sums[kTileSums];
+  store_tile<kNumber>(sums);
+  for (int i = 0; i < n && some > 0; ++i) {
+    const Vec sum = Vec::load(sums + i * kTile);
+    float* const to = y + i * out.pitch;
+    store_up_to(out.adds ? sum + load_up_to(to, some) : sum, to, some);
+  }
 }
 
-// The strips of 32 rows of W that one thread takes, with the packed inputs [from, to).
 template <int kOf>
-class TiledStrips {
- public:
-  TiledStrips(const LinearArguments& a, const TiledShape& shape, const BFloat* packed, int from, int to, float* memory)
-      : a_(a),
-        shape_(shape),
-        packed_(packed),
-        from_(from),
-        to_(to),
-        n_pairs_((to - from + kTiledPair - 1) / kTiledPair),
-        sums_(memory),
-        room_(reinterpret_cast<BFloat*>(memory + shape.sums)) {}
-
-  void take(std::ptrdiff_t row) const {
-    const int n_rows = static_cast<int>(smaller<std::ptrdiff_t>(kTiledRows, a_.matrix.n_rows - row));
-    const std::ptrdiff_t n_pieces = (shape_.n_steps * kDeep + kMostColumns - 1) / kMostColumns;
-    const TiledRows rows = rows_from(row, n_rows);
-    for (std::ptrdiff_t piece = 0; piece < n_pieces; ++piece) {
-      const std::ptrdiff_t step = shape_.n_steps * piece / n_pieces, n_steps = shape_.n_steps * (piece + 1) / n_pieces - step;
-      for (int p = 0; p < n_pairs_; ++p) {
-        const BFloat* const a = packed_ + 2 * p * shape_.panel + step * kOf * kTileNumbers;
-        const bool fetches = p == 0 && n_rows == kTiledRows;
-        const char* const next = reinterpret_cast<const char*>(weights(row + kTiledRows) + step * kDeep * kTiledRows);
-        float* const sums = sums_ + std::ptrdiff_t{p} * 4 * kTileSums;
-        multiply<kOf>(rows.from(step), a, a + shape_.panel, n_steps, piece > 0, {sums, sums + kTileSums},
-                 {sums + 2 * kTileSums, sums + 3 * kTileSums}, fetches ? next : nullptr);
-        if (piece + 1 == n_pieces) finish(p, row, n_rows);
-      }
-    }
+inline void take(const TiledOutput& out, const BFloat* x, std::ptrdiff_t pitch, int input, int n, const BFloat* w, std::ptrdiff_t pair,
+                 std::ptrdiff_t n_steps, Ahead ahead) {
+  const std::ptrdiff_t row = pair * kTiledPair;
+  const int left = static_cast<int>(smaller<std::ptrdiff_t>(out.n_rows - row, kTiledPair)), right = left - kTile, lower = n - kTile;
+  float* const y = out.y + input * out.pitch + row;
+  float* const below = y + kTile * out.pitch;
+  begin_tile<0>(out, y, left >= kTile);
+  begin_tile<1>(out, y + kTile, right >= kTile);
+  if (lower > 0) {
+    begin_tile<2>(out, below, left >= kTile);
+    begin_tile<3>(out, below + kTile, right >= kTile);
+    multiply_pair<kOf, true>(x, pitch, w, n_steps, ahead);
+    end_tile<2>(out, below, lower, left);
+    end_tile<3>(out, below + kTile, lower, right);
+  } else {
+    multiply_pair<kOf, false>(x, pitch, w, n_steps, ahead);
   }
+  end_tile<0>(out, y, smaller(n, kTile), left);
+  end_tile<1>(out, y + kTile, smaller(n, kTile), right);
+}
 
- private:
-  const BFloat* weights(std::ptrdiff_t row) const { return static_cast<const BFloat*>(a_.matrix.data) + row * a_.matrix.n_columns; }
+// As `activated`, to 2^-21 or so of the result: what it becomes has 16 bits at most.
+inline Vec tiled_activation(Activation activation, Vec x) {
+  Vec u = x;
+  if (activation == Activation::kGeluTanh) u = Vec::fma(x * x * x, Vec::all(0.044715f), x) * Vec::all(1.5957691216f);
+  const Vec one = Vec::all(1.0f), a = one + exponential_2(_mm512_min_ps(_mm512_set1_ps(126.0f), (u * Vec::all(-kLog2E)).v));  // e^-u
+  const Vec guess = {_mm512_rcp14_ps(a.v)};
+  return x * (guess * (Vec::all(2.0f) - a * guess));
+}
 
-  // Tiles are read whole: rows that do not fill them are copied, with zeros behind.
-  TiledRows rows_from(std::ptrdiff_t row, int n_rows) const {
-    const std::ptrdiff_t n_columns = a_.matrix.n_columns, width = shape_.n_steps * kDeep;
-    if (n_rows == kTiledRows && n_columns == width) return {weights(row), n_columns};
-    for (int r = 0; r < kTiledRows; ++r) {
-      for (std::ptrdiff_t d = 0; d < width; ++d) {
-        room_[r * width + d] = r < n_rows && d < n_columns ? weights(row + r)[d] : BFloat{0};
-      }
-    }
-    return {room_, width};
-  }
-
-  void finish(int pair, std::ptrdiff_t row, int n_rows) const {
-    for (int t = 0; t < 4; ++t) {
-      const int input = from_ + pair * kTiledPair + t / 2 * kTile, below = t % 2 * kTile;
-      if (input >= to_ || below >= n_rows) continue;
-      turn(sums_ + (std::ptrdiff_t{pair} * 4 + t) * kTileSums, to_ - input, n_rows - below,
-           a_.y + input * a_.matrix.n_rows + row + below, a_.matrix.n_rows);
-    }
-  }
-
-  const LinearArguments& a_;
-  const TiledShape& shape_;
-  const BFloat* packed_;
-  int from_, to_, n_pairs_;
-  float* sums_;
-  BFloat* room_;
+// Panels of a pair are the gates and the ups of 16 numbers, which become inputs of the next product, settled.
+struct GatedOutput {
+  float* next;
+  int n;  // numbers of an input
+  Activation activation;
+  const float* bias;  // [2 n]: of the gates, then of the ups; or null
 };
 
-template <int kOf>
-inline void linear_tiled(const LinearArguments& a) {
-  const TiledShape shape = TiledShape::of(a.matrix.n_columns, a.n_inputs, kOf);
-  BFloat* const packed = reinterpret_cast<BFloat*>(a.scratch);
-  for (int from = 0; from < a.n_inputs; from += shape.together) {
-    const int to = smaller(from + shape.together, a.n_inputs), n_panels = (to - from + kTiledPair - 1) / kTiledPair * 2;
-    const int n_packers = to - from < kTiledPair ? 1 : a.n_threads;
-    in_parallel(n_packers, [&](int thread) {
-      for (int p = n_panels * thread / n_packers; p < n_panels * (thread + 1) / n_packers; ++p) {
-        const int input = from + p * kTile;
-        pack_panel<kOf>(a.x + input * a.matrix.n_columns, a.matrix.n_columns, between(to - input, 0, kTile), a.n_columns(), packed + p * shape.panel);
-      }
-    });
-    in_parallel(a.n_threads, [&](int thread) {
-      const Tiles tiles;
-      const TiledStrips<kOf> strips(a, shape, packed, from, to, a.scratch + shape.packed + thread * (shape.sums + shape.rows));
-      const std::ptrdiff_t n = (a.matrix.n_rows + kTiledRows - 1) / kTiledRows;
-      for (std::ptrdiff_t s = n * thread / a.n_threads; s < n * (thread + 1) / a.n_threads; ++s) strips.take(s * kTiledRows);
-    });
+template <int kOf, int kGates, int kUps>
+inline void end_gated(const GatedOutput& out, int input, int n, std::ptrdiff_t pair) {
+  alignas(64) float gates[kTileSums], ups[kTileSums];
+  store_tile<kGates>(gates);
+  store_tile<kUps>(ups);
+  const int at = static_cast<int>(pair) * kTile, some = out.n - at;
+  const std::ptrdiff_t pitch = input_pitch(out.n);
+  Vec gate_bias = Vec::zero(), up_bias = Vec::zero();
+  if (out.bias != nullptr) {
+    gate_bias = load_up_to(out.bias + at, some);
+    up_bias = load_up_to(out.bias + out.n + at, some);
+  }
+  for (int i = 0; i < n; ++i) {
+    const Vec gate = Vec::load(gates + i * kTile) + gate_bias, up = Vec::load(ups + i * kTile) + up_bias;
+    const Vec y = tiled_activation(out.activation, gate) * up;  // behind the last number both are zero
+    BFloat* const to = reinterpret_cast<BFloat*>(out.next + (input + i) * pitch) + at / kDeep * kOf * kDeep + at % kDeep;
+    const __m256i high = (__m256i)_mm512_cvtneps_pbh(y.v);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), high);
+    if constexpr (kOf == kParts) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kDeep), (__m256i)_mm512_cvtneps_pbh(remainder_of(y.v, high)));
+    }
   }
 }
 
-// One input alone is multiplied in plain registers: rounded here, it gives what it would give among others.
-inline void round_input(float* x, int n) {
-  for (int d = 0; d < n; d += Vec::kWidth) {
-    const __m256bh rounded = _mm512_cvtneps_pbh(load_up_to(x + d, n - d).v);
-    store_up_to(Vec{widened((__m256i)rounded)}, x + d, n - d);
+template <int kOf>
+inline void take(const GatedOutput& out, const BFloat* x, std::ptrdiff_t pitch, int input, int n, const BFloat* w, std::ptrdiff_t pair,
+                 std::ptrdiff_t n_steps, Ahead ahead) {
+  zero_tile<0>();
+  zero_tile<1>();
+  if (n <= kTile) {
+    multiply_pair<kOf, false>(x, pitch, w, n_steps, ahead);
+    return end_gated<kOf, 0, 1>(out, input, n, pair);
+  }
+  zero_tile<2>();
+  zero_tile<3>();
+  multiply_pair<kOf, true>(x, pitch, w, n_steps, ahead);
+  end_gated<kOf, 0, 1>(out, input, kTile, pair);
+  end_gated<kOf, 2, 3>(out, input + kTile, n - kTile, pair);
+}
+
+// All inputs, settled, with a matrix. Each thread takes a stretch of W.
+template <int kOf, typename Output>
+inline void linear_tiled(const Matrix& matrix, const float* x, int n_inputs, int n_threads, const Output& out) {
+  const std::ptrdiff_t pitch = input_pitch(matrix.n_columns), n_steps = whole_steps(matrix.n_columns);
+  const std::ptrdiff_t n_pairs = (matrix.n_rows + kTiledPair - 1) / kTiledPair;
+  in_parallel(n_threads, [&](int thread) {
+    Tiles tiles;
+    for (std::ptrdiff_t pair = n_pairs * thread / n_threads; pair < n_pairs * (thread + 1) / n_threads; ++pair) {
+      const BFloat* const w = static_cast<const BFloat*>(matrix.data) + pair * n_steps * 2 * kTileNumbers;
+      const int n_blocks = (n_inputs + kTiledPair - 1) / kTiledPair, lines = kLinesOfStep / n_blocks;
+      Ahead ahead{reinterpret_cast<const char*>(w + n_steps * 2 * kTileNumbers), lines};
+      for (int input = 0; input < n_inputs; input += kTiledPair, ahead.from += lines * n_steps * 64) {
+        const int n = smaller(kTiledPair, n_inputs - input);
+        tiles.have_rows(n);
+        take<kOf>(out, reinterpret_cast<const BFloat*>(x + input * pitch), pitch, input, n, w, pair, n_steps, ahead);
+      }
+    }
+  });
+}
+
+// A row of a tiled matrix, widened and scaled.
+inline void copy_tiled_row(const Matrix& matrix, std::ptrdiff_t row, float scale, float* to) {
+  const std::ptrdiff_t n_steps = whole_steps(matrix.n_columns), in_pair = row % kTiledPair;
+  const BFloat* const tiles = static_cast<const BFloat*>(matrix.data) + (row / kTiledPair * n_steps * 2 + in_pair / kTile) * kTileNumbers;
+  for (std::ptrdiff_t d = 0; d < matrix.n_columns; ++d) {
+    to[d] = scale * widened(tiles[d / kDeep * 2 * kTileNumbers + d % kDeep / 2 * kDeep + in_pair % kTile * 2 + d % 2]);
   }
 }
 

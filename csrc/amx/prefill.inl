@@ -8,6 +8,7 @@
 
 #include <cstddef>
 
+#include "amx/exponential.h"
 #include "amx/product.inl"
 #include "attention/arguments.h"
 #include "attention/reading.inl"
@@ -24,24 +25,17 @@ constexpr int kTiledUnitQueries = 384;
 // Rows of a tile of the cache.
 constexpr int kTiledTileRows = 192;
 
-constexpr float kLog2E = 1.44269504f;
+// e^(x - base), 0 for -inf.
+inline Vec weight_of(Vec x, Vec base) { return exponential_2(((x - base) * Vec::all(kLog2E)).v); }
 
-// e^(x - base) for base_2 = base / ln 2, to about 2^-23 and the rounding of x / ln 2; 0 for -inf. NaN gives NaN. Its
-// polynomial is the minimax of 2^x for x in [0, 1), to 8e-8.
-inline Vec weight_of(Vec x, Vec base) {
-  constexpr int kToWholeBelow = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-  const __m512 power = ((x - base) * Vec::all(kLog2E)).v;
-  const Vec part = {_mm512_reduce_ps(power, kToWholeBelow)};
-  Vec p = Vec::all(1.8775767e-3f);
-  p = Vec::fma(p, part, Vec::all(8.9893397e-3f));
-  p = Vec::fma(p, part, Vec::all(5.5826318e-2f));
-  p = Vec::fma(p, part, Vec::all(2.4015361e-1f));
-  p = Vec::fma(p, part, Vec::all(6.9315308e-1f));
-  p = Vec::fma(p, part, Vec::all(9.9999994e-1f));
-  return {_mm512_scalef_ps(p.v, power)};
+// Whether a call has neither masks nor slopes, which differ between queries and rows: the kernel of plain registers has them.
+inline bool is_for_tiles(const AttentionArguments& a) {
+  return a.pages.k_type == NumberType::kBFloat && a.pages.v_type == NumberType::kBFloat && a.mask.kind == MaskKind::kNone &&
+         a.rules.slopes == nullptr;
 }
 
-// A call, seen from one thread.
+// A call, seen from one thread. Queries and weights are split into kOf parts.
+template <int kOf>
 class TiledPrefilling {
  public:
   TiledPrefilling(const AttentionArguments& a, int tokens, float* memory) : a_(a), sizes_(a, tokens) {
@@ -69,12 +63,6 @@ class TiledPrefilling {
     return s.queries + s.scores + s.weights + s.keys + s.values + s.sums + 2 * s.m;
   }
 
-  // Masks and slopes differ between queries and rows; the kernel of plain registers has them.
-  static bool takes(const AttentionArguments& a) {
-    return a.pages.k_type == NumberType::kBFloat && a.pages.v_type == NumberType::kBFloat && a.mask.kind == MaskKind::kNone &&
-           a.rules.slopes == nullptr;
-  }
-
   void begin(int sequence, int head, int from, int to) {
     sequence_ = sequence;
     head_ = head;
@@ -85,7 +73,7 @@ class TiledPrefilling {
     for (int p = 0; p < 2 * n_pairs_; ++p) {
       const int n = between(m_ - p * kTile, 0, kTile);
       for (int i = 0; i < n; ++i) load_query(a_, sequence, query(p * kTile + i), scores_ + i * stride);
-      pack_panel(scores_, stride, n, a_.pages.k_dim, queries_ + p * sizes_.query_panel);
+      pack_panel<kOf>(scores_, stride, n, a_.pages.k_dim, queries_ + p * sizes_.query_panel);
     }
     fill(top_, std::ptrdiff_t{n_pairs_} * kTiledPair, kMinusInfinity);
     fill(sum_, std::ptrdiff_t{n_pairs_} * kTiledPair, 0.0f);
@@ -130,8 +118,8 @@ class TiledPrefilling {
 
     Sizes(const AttentionArguments& a, int tokens)
         : m((std::ptrdiff_t{tokens} * a.group + kTiledPair - 1) / kTiledPair * kTiledPair),
-          query_panel(packed_numbers(a.pages.k_dim)),
-          weight_panel(packed_numbers(kTiledTileRows)),
+          query_panel(packed_numbers<kOf>(a.pages.k_dim)),
+          weight_panel(packed_numbers<kOf>(kTiledTileRows)),
           sum_panel(whole_steps(a.pages.v_dim) * 2 * kTileSums),
           k_width(whole_steps(a.pages.k_dim) * kDeep),
           v_width(whole_steps(a.pages.v_dim) * kDeep),
@@ -209,7 +197,7 @@ class TiledPrefilling {
     for (int r = span.from; r < span.to; r += kTiledRows) {
       float* const to = scores_ + std::ptrdiff_t{r} * kTile;
       float* const other = to + std::ptrdiff_t{kTiledTileRows} * kTile;
-      multiply({keys_ + r * sizes_.k_width, sizes_.k_width}, queries, queries + sizes_.query_panel, sizes_.k_width / kDeep, false,
+      multiply<kOf>({keys_ + r * sizes_.k_width, sizes_.k_width}, queries, queries + sizes_.query_panel, sizes_.k_width / kDeep, false,
                {to, to + kTileSums}, {other, other + kTileSums});
     }
   }
@@ -231,8 +219,8 @@ class TiledPrefilling {
     const Vec base = {_mm512_mask_mov_ps(top.v, _mm512_cmp_ps_mask(top.v, Vec::all(kMinusInfinity).v, _CMP_EQ_OQ), Vec::zero().v)};
     const Vec decay = exponential(old - base);
     Vec added[2] = {Vec::zero(), Vec::zero()};
-    BFloat* to = weights_ + std::ptrdiff_t{panel % 2} * sizes_.weight_panel + span.from * kParts * kTile;
-    for (int r = span.from; r < whole; r += kDeep, to += kParts * kTileNumbers) {
+    BFloat* to = weights_ + std::ptrdiff_t{panel % 2} * sizes_.weight_panel + span.from * kOf * kTile;
+    for (int r = span.from; r < whole; r += kDeep, to += kOf * kTileNumbers) {
       for (int i = 0; i < kTile; ++i) {
         const float* const at = scores + (r + 2 * i) * std::ptrdiff_t{kTile};
         const Vec first = weight_of(Vec::load(at), base), second = weight_of(Vec::load(at + kTile), base);
@@ -248,17 +236,27 @@ class TiledPrefilling {
     for (std::ptrdiff_t i = 0; i < sizes_.sum_panel; i += kTile) (Vec::load(sums + i) * decay).store(sums + i);
   }
 
-  // Numbers of two rows side by side, once what bf16 has of them (cut off), once what is left (rounded).
+  // Numbers of two rows side by side: rounded, or once what bf16 has of them (cut off) and once what is left (rounded).
   static void store_pair(__m512 first, __m512 second, BFloat* to) {
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)), half = _mm512_set1_epi32(0x8000);
+    if constexpr (kOf == 1) {
+      _mm512_storeu_si512(to, rounded_pair(first, second));
+      return;
+    }
+    const __m512i upper = _mm512_set1_epi32(kUpperHalf);
     const __m512i a = _mm512_castps_si512(first), b = _mm512_castps_si512(second);
     const __m512i a_high = _mm512_and_si512(a, upper), b_high = _mm512_and_si512(b, upper);
     _mm512_storeu_si512(to, _mm512_or_si512(_mm512_srli_epi32(a, 16), b_high));
-    const __m512i a_low = _mm512_castps_si512(_mm512_sub_ps(first, _mm512_castsi512_ps(a_high)));
-    const __m512i b_low = _mm512_castps_si512(_mm512_sub_ps(second, _mm512_castsi512_ps(b_high)));
-    const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(a_low, half), 16);
-    _mm512_storeu_si512(to + kTileNumbers, _mm512_or_si512(low, _mm512_and_si512(_mm512_add_epi32(b_low, half), upper)));
+    _mm512_storeu_si512(to + kTileNumbers, rounded_pair(_mm512_sub_ps(first, _mm512_castsi512_ps(a_high)),
+                                                        _mm512_sub_ps(second, _mm512_castsi512_ps(b_high))));
   }
+
+  static __m512i rounded_pair(__m512 first, __m512 second) {
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i a = _mm512_add_epi32(_mm512_castps_si512(first), half), b = _mm512_add_epi32(_mm512_castps_si512(second), half);
+    return _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_and_si512(b, _mm512_set1_epi32(kUpperHalf)));
+  }
+
+  static constexpr int kUpperHalf = static_cast<int>(0xFFFF0000u);
 
   // Softcap, and what the queries of a panel do not see.
   void shape(const Sight& sight, int panel, int row, Span span, float* scores) const {
@@ -287,11 +285,11 @@ class TiledPrefilling {
   // Values times weights of a pair of panels, to what they have gathered: [panel, number, query].
   void add(int pair, Span span) {
     const int n_steps = static_cast<int>(whole_steps(span.to)) - span.from / kDeep;
-    const BFloat* const weights = weights_ + std::ptrdiff_t{span.from} * kParts * kTile;
+    const BFloat* const weights = weights_ + std::ptrdiff_t{span.from} * kOf * kTile;
     for (std::ptrdiff_t d = 0; d < sizes_.v_width; d += kTiledRows) {
       float* const to = sums_ + std::ptrdiff_t{pair} * 2 * sizes_.sum_panel + d * kTile;
       float* const other = to + sizes_.sum_panel;
-      multiply({values_ + d * kTiledTileRows + span.from, kTiledTileRows}, weights, weights + sizes_.weight_panel, n_steps, true,
+      multiply<kOf>({values_ + d * kTiledTileRows + span.from, kTiledTileRows}, weights, weights + sizes_.weight_panel, n_steps, true,
                {to, to + kTileSums}, {other, other + kTileSums});
     }
   }

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "isa/small.h"
 #include "numbers.h"
 
 namespace stratakv::STRATAKV_ISA {
@@ -16,6 +17,9 @@ constexpr int kTile = 16;            // rows of a tile, and fp32 numbers of a ro
 constexpr int kDeep = 32;            // bf16 numbers of a row
 constexpr int kTileNumbers = kTile * kDeep;  // bf16 numbers of a tile
 constexpr int kTileSums = kTile * kTile;
+constexpr int kTiledPair = 2 * kTile;  // two tiles side by side, or one below the other
+
+inline std::ptrdiff_t whole_steps(std::ptrdiff_t n) { return (n + kDeep - 1) / kDeep; }
 
 struct TileConfig {
   std::uint8_t palette, start_row, reserved[14];
@@ -23,25 +27,27 @@ struct TileConfig {
   std::uint8_t n_rows[16];
 };
 
-constexpr TileConfig whole_tiles() {
-  TileConfig config{1, 0, {}, {}, {}};
-  for (int i = 0; i < 8; ++i) {
-    config.row_bytes[i] = 64;
-    config.n_rows[i] = kTile;
-  }
-  return config;
-}
-
-// While it lives, the thread has its tiles.
+// While it lives, the thread has its tiles, all of them whole at first.
 class Tiles {
  public:
-  Tiles() {
-    alignas(64) static constexpr TileConfig all_whole = whole_tiles();
-    _tile_loadconfig(&all_whole);
-  }
+  Tiles() { have_rows(2 * kTile); }
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
+
+  // Of `n` rows, at most 32, the first 16 are those of the tiles 0, 1 and 4, the others those of 2, 3 and 5.
+  void have_rows(int n) {
+    if (n == n_) return;
+    n_ = n;
+    const int upper = smaller(n, kTile), lower = n > kTile ? n - kTile : kTile;
+    alignas(64) TileConfig config{1, 0, {}, {}, {}};
+    const int rows[8] = {upper, upper, lower, lower, upper, lower, kTile, kTile};
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = 64;
+      config.n_rows[i] = static_cast<std::uint8_t>(rows[i]);
+    }
+    _tile_loadconfig(&config);
+  }
 
   // Linux gives a process the tiles' registers on demand.
   static bool are_permitted() {
@@ -49,7 +55,34 @@ class Tiles {
     static const bool permitted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
     return permitted;
   }
+
+ private:
+  int n_ = 0;
 };
+
+// What the intrinsics are, but that the compiler knows of memory that is read (GCC 12 does not, and moves stores behind
+// it), and that numbers of tiles may come from templates. Strides are bytes from one row to the next.
+
+template <int kNumber>
+inline void zero_tile() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(kNumber));
+}
+
+template <int kNumber>
+inline void load_tile(const void* rows, std::ptrdiff_t stride = 64) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(rows), "r"(stride), "i"(kNumber) : "memory");
+}
+
+template <int kNumber>
+inline void store_tile(void* rows, std::ptrdiff_t stride = 64) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(rows), "r"(stride), "i"(kNumber) : "memory");
+}
+
+// Adds the product of the tiles `kRows`, by rows, and `kColumns`, packed.
+template <int kSums, int kRows, int kColumns>
+inline void add_product() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kRows), "i"(kColumns));
+}
 
 // An fp32 number as the sum of two bf16 numbers, which hold 16 of its 24 bits: what multiplies a bf16 number by both
 // is nearly as good as fp32.
@@ -59,6 +92,7 @@ struct Split {
   __m512i high, low;  // [32] bf16
 };
 
+inline float widened(BFloat x) { return _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(x.bits << 16))); }
 inline __m512 widened(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 
 // What is left of x, none where it is infinite or rounds to that.

@@ -227,7 +227,7 @@ void prefill_keys(const AttentionArguments& a) {
 
 inline void prefill(const AttentionArguments& a) {
 #ifdef STRATAKV_AMX
-  if (TiledPrefilling::takes(a)) return prefill_units<TiledPrefilling>(a);
+  if (is_for_tiles(a)) return a.rounds ? prefill_units<TiledPrefilling<1>>(a) : prefill_units<TiledPrefilling<kParts>>(a);
 #endif
   switch (a.pages.k_type) {
     case NumberType::kFloat: prefill_keys<float>(a); break;
@@ -243,7 +243,7 @@ std::ptrdiff_t unit_floats(const AttentionArguments& a) {
 
 inline std::ptrdiff_t prefill_floats(const AttentionArguments& a) {
 #ifdef STRATAKV_AMX
-  if (TiledPrefilling::takes(a)) return unit_floats<TiledPrefilling>(a);
+  if (is_for_tiles(a)) return a.rounds ? unit_floats<TiledPrefilling<1>>(a) : unit_floats<TiledPrefilling<kParts>>(a);
 #endif
   return unit_floats<Prefilling<float, float>>(a);
 }

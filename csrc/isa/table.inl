@@ -10,8 +10,14 @@ namespace stratakv::STRATAKV_ISA {
 
 bool is_supported();
 
+#ifdef STRATAKV_AMX
+constexpr bool kTilesBf16 = true;
+#else
+constexpr bool kTilesBf16 = false;
+#endif
+
 extern const Kernels kernels;
-const Kernels kernels{STRATAKV_TEXT_OF(STRATAKV_ISA), is_supported, is_prompt, attend, attend_floats, forward,
+const Kernels kernels{STRATAKV_TEXT_OF(STRATAKV_ISA), kTilesBf16, is_supported, is_prompt, attend, attend_floats, forward,
                       forward_floats};
 
 }  // namespace stratakv::STRATAKV_ISA

@@ -7,13 +7,14 @@
 
 namespace stratakv {
 
-// Row-major [n_rows, n_columns]: y = x W^T + bias.
+// [n_rows, n_columns]: y = x W^T + bias. By rows, or in tiles as amx/linear.inl has them.
 struct Matrix {
   const void* data;
   const float* bias;  // [n_rows], or null
   std::int64_t n_rows;
   std::int64_t n_columns;
   NumberType type;
+  bool is_tiled;
 };
 
 // Weights of RMS norms are null where the model has no such norm.
@@ -26,7 +27,7 @@ struct Layer {
   const float* after_mlp_norm;      // [hidden]
   Matrix qkv;      // [(n_query_heads + 2 n_kv_heads) * head_dim, hidden]
   Matrix output;   // [hidden, n_query_heads * head_dim]
-  Matrix gate_up;  // [2 * intermediate, hidden]: all gates, then all ups
+  Matrix gate_up;  // [2 * intermediate, hidden]: all gates, then all ups; in tiles, 16 of either in turn, filled up to 32
   Matrix down;     // [hidden, intermediate]
   std::int32_t group;     // of the cache
   std::int32_t rotation;  // which table of angles; -1: none
@@ -41,8 +42,8 @@ struct Model {
   float norm_epsilon, embedding_scale, attention_scale;
   float attention_softcap, logit_softcap;  // 0: none
   Activation activation;
-  bool rounds_activations;  // to bf16 before bf16 matrices, where that is what the processor multiplies
-  Matrix embedding, head;  // [vocabulary, hidden]
+  bool rounds_activations;  // where matrices are tiled: to bf16, there and in prompts over bf16 pages; else 16 bits are kept
+  Matrix embedding, head;  // [vocabulary, hidden]. The head is tiled where all matrices of the layers are
   const float* norm;       // [hidden]
   const Layer* layers;
   std::int32_t n_layers;
@@ -76,8 +77,9 @@ struct Forward {
   const Rotation* rotations;
   // Room, for n_sequences * n_new rows.
   float* stream;     // [rows, hidden]
-  float* normed;     // [rows, max(hidden, n_query_heads * head_dim, intermediate)]: what goes into a product
-  float* produced;   // [rows, max(qkv rows, 2 * intermediate, hidden)]: what comes out
+  float* normed;     // [rows, max(hidden, n_query_heads * head_dim, intermediate)]: what goes into a product; in whole
+                     // steps of 32 for tiled matrices
+  float* produced;   // [rows, max(qkv rows, 2 * intermediate, hidden)]: what comes out; likewise
   float* lse;        // [n_sequences, n_query_heads, n_new]
   float* scratch;    // as many floats as the kernel asks for
   // The last so many new tokens of each sequence are those whose logits are wanted.

@@ -121,10 +121,10 @@ class Decoder {
 void bind_runner(nb::module_& m) {
   nb::class_<Matrix>(m, "Matrix")
       .def("__init__",
-           [](Matrix* self, std::intptr_t data, std::int64_t n_rows, std::int64_t n_columns, int type, std::intptr_t bias) {
-             new (self) Matrix{at<void>(data), at<float>(bias), n_rows, n_columns, static_cast<NumberType>(type)};
+           [](Matrix* self, std::intptr_t data, std::int64_t n_rows, std::int64_t n_columns, int type, std::intptr_t bias, bool is_tiled) {
+             new (self) Matrix{at<void>(data), at<float>(bias), n_rows, n_columns, static_cast<NumberType>(type), is_tiled};
            },
-           "data"_a, "n_rows"_a, "n_columns"_a, "type"_a, "bias"_a = 0);
+           "data"_a, "n_rows"_a, "n_columns"_a, "type"_a, "bias"_a, "is_tiled"_a);
   nb::class_<Decoder>(m, "Decoder")
       .def(nb::init<const std::string&, int, int, int, int, int, float, float, float, float, float, int, bool, const Matrix&, const Matrix&,
                     std::intptr_t, int>(),

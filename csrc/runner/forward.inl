@@ -11,6 +11,9 @@
 #include "runner/elementwise.inl"
 #include "runner/linear.inl"
 #include "threads.h"
+#ifdef STRATAKV_AMX
+#include "amx/linear.inl"
+#endif
 
 namespace stratakv::STRATAKV_ISA {
 
@@ -36,8 +39,8 @@ class Forwarding {
       attend(i);
       transform(i);
     }
-    each_row([&](int row) { rms_norm(stream(row), model_.norm, model_.hidden, model_.norm_epsilon, normed(row, model_.hidden)); });
-    product(model_.head, n_rows_, step_.logits);
+    each_row([&](int row) { norm_input(model_.norm, row); });
+    product(model_.head, step_.normed, step_.logits);
     if (model_.logit_softcap > 0) each_row([&](int row) { cap(step_.logits + row * model_.head.n_rows); });
   }
 
@@ -52,7 +55,8 @@ class Forwarding {
     a.rules = {model_.attention_scale, model_.attention_softcap, 1, rows.window, rows.sinks, nullptr, nullptr};
     const std::int64_t token = q_numbers_ + 2 * kv_numbers_;
     a.query = {step_.produced + token * (step_.n_new - n_new), token * step_.n_new, model_.head_dim, token};
-    a.out = {step_.normed, std::int64_t{q_numbers_} * n_new, model_.head_dim, q_numbers_};
+    const std::int64_t width = input_width(q_numbers_);
+    a.out = {step_.normed, width * n_new, model_.head_dim, width};
     a.lse = {step_.lse, std::int64_t{model_.n_query_heads} * n_new, n_new, 1};
     a.query_type = NumberType::kFloat;
     a.query_positions = n_new == step_.n_new ? step_.positions : step_.wanted_positions;
@@ -60,6 +64,7 @@ class Forwarding {
     a.group = model_.n_query_heads / model_.n_kv_heads;
     a.n_new = n_new;
     a.n_threads = step_.n_threads;
+    a.rounds = model_.rounds_activations && model_.head.is_tiled;
     a.prompt_queries = step_.prompt_queries;
     a.scratch = step_.scratch;
     return a;
@@ -80,10 +85,33 @@ class Forwarding {
   }
 
   float* stream(int row) const { return step_.stream + std::ptrdiff_t{row} * model_.hidden; }
-  float* normed(int row, int n) const { return step_.normed + std::ptrdiff_t{row} * n; }
   float* produced(int row, std::ptrdiff_t n) const { return step_.produced + row * n; }
 
+  // Inputs of `n` numbers for a product.
+  std::ptrdiff_t input_width(int n) const {
+#ifdef STRATAKV_AMX
+    if (model_.head.is_tiled) return input_pitch(n);
+#endif
+    return n;
+  }
+  float* input(int row, int n) const { return step_.normed + row * input_width(n); }
+
+  // What was written as fp32 becomes what products read.
+  void settle([[maybe_unused]] float* input, [[maybe_unused]] int n) const {
+#ifdef STRATAKV_AMX
+    if (model_.head.is_tiled) model_.rounds_activations ? settle_input<1>(input, n) : settle_input<kParts>(input, n);
+#endif
+  }
+
+  void norm_input(const float* weight, int row) const {
+    rms_norm(stream(row), weight, model_.hidden, model_.norm_epsilon, input(row, model_.hidden));
+    settle(input(row, model_.hidden), model_.hidden);
+  }
+
   void embed(int row) const {
+#ifdef STRATAKV_AMX
+    if (model_.embedding.is_tiled) return copy_tiled_row(model_.embedding, step_.tokens[row], model_.embedding_scale, stream(row));
+#endif
     const std::ptrdiff_t at = std::ptrdiff_t{step_.tokens[row]} * model_.hidden;
     switch (model_.embedding.type) {
       case NumberType::kFloat: embed(static_cast<const float*>(model_.embedding.data) + at, stream(row)); break;
@@ -100,19 +128,49 @@ class Forwarding {
     }
   }
 
-  // From `normed` into `to`.
-  void product(const Matrix& matrix, int n_rows, float* to) const {
-    linear({matrix, step_.normed, n_rows, to, step_.n_threads, step_.scratch, model_.rounds_activations});
+  void product(const Matrix& matrix, const float* x, float* to) const {
+    if (!tiled_product(matrix, x, to, matrix.n_rows, false)) linear({matrix, x, n_rows_, to, step_.n_threads, step_.scratch});
     if (matrix.bias != nullptr) {
-      each_row(n_rows, [&](int row) { add(matrix.bias, static_cast<int>(matrix.n_rows), to + row * matrix.n_rows); });
+      each_row([&](int row) { add(matrix.bias, static_cast<int>(matrix.n_rows), to + row * matrix.n_rows); });
     }
   }
+
+  // What comes out is added to the stream, behind the norm, if there is one. It may need `room`.
+  void add_product(const Matrix& matrix, const float* x, const float* norm, float* room) const {
+    if (norm == nullptr && matrix.bias == nullptr && tiled_product(matrix, x, step_.stream, model_.hidden, true)) return;
+    product(matrix, x, room);
+    each_row([&](int row) {
+      float* const from = room + std::ptrdiff_t{row} * model_.hidden;
+      if (norm != nullptr) rms_norm(from, norm, model_.hidden, model_.norm_epsilon, from);
+      add(from, model_.hidden, stream(row));
+    });
+  }
+
+  // Whether the matrix is tiled and the product was made.
+  bool tiled_product([[maybe_unused]] const Matrix& matrix, [[maybe_unused]] const float* x, [[maybe_unused]] float* y,
+                     [[maybe_unused]] std::ptrdiff_t pitch, [[maybe_unused]] bool adds) const {
+#ifdef STRATAKV_AMX
+    if (matrix.is_tiled) {
+      tiled(matrix, x, TiledOutput{y, pitch, matrix.n_rows, adds});
+      return true;
+    }
+#endif
+    return false;
+  }
+
+#ifdef STRATAKV_AMX
+  template <typename Output>
+  void tiled(const Matrix& matrix, const float* x, const Output& out) const {
+    if (model_.rounds_activations) linear_tiled<1>(matrix, x, n_rows_, step_.n_threads, out);
+    else linear_tiled<kParts>(matrix, x, n_rows_, step_.n_threads, out);
+  }
+#endif
 
   // Keys and values of all rows go into the cache; queries stay in `produced`.
   void remember(int index) const {
     const Layer& layer = model_.layers[index];
-    each_row([&](int row) { rms_norm(stream(row), layer.attention_norm, model_.hidden, model_.norm_epsilon, normed(row, model_.hidden)); });
-    product(layer.qkv, n_rows_, step_.produced);
+    each_row([&](int row) { norm_input(layer.attention_norm, row); });
+    product(layer.qkv, step_.normed, step_.produced);
     const AttentionArguments arguments = attention_arguments(index, step_.n_new);
     each_row([&](int row) { store(layer, arguments, row); });
   }
@@ -130,8 +188,8 @@ class Forwarding {
   void attend(int index) const {
     const Layer& layer = model_.layers[index];
     STRATAKV_ISA::attend(attention_arguments(index, n_rows_ / step_.n_sequences));
-    product(layer.output, n_rows_, step_.produced);
-    each_row([&](int row) { add_to_stream(layer.after_attention_norm, row); });
+    if (model_.head.is_tiled) each_row([&](int row) { settle(input(row, q_numbers_), q_numbers_); });
+    add_product(layer.output, step_.normed, layer.after_attention_norm, step_.produced);
   }
 
   // Queries and keys are turned to their positions where they lie; keys and values go into their pages.
@@ -154,21 +212,20 @@ class Forwarding {
 
   void transform(int index) const {
     const Layer& layer = model_.layers[index];
+    each_row([&](int row) { norm_input(layer.mlp_norm, row); });
+#ifdef STRATAKV_AMX
+    if (layer.gate_up.is_tiled) {
+      tiled(layer.gate_up, step_.normed, GatedOutput{step_.produced, model_.intermediate, model_.activation, layer.gate_up.bias});
+      return add_product(layer.down, step_.produced, layer.after_mlp_norm, step_.normed);
+    }
+#endif
+    product(layer.gate_up, step_.normed, step_.produced);
     const int n = model_.intermediate;
-    each_row([&](int row) { rms_norm(stream(row), layer.mlp_norm, model_.hidden, model_.norm_epsilon, normed(row, model_.hidden)); });
-    product(layer.gate_up, n_rows_, step_.produced);
     each_row([&](int row) {
       const float* gates = produced(row, 2 * std::ptrdiff_t{n});
-      gate(model_.activation, gates, gates + n, n, normed(row, n));
+      gate(model_.activation, gates, gates + n, n, input(row, n));
     });
-    product(layer.down, n_rows_, step_.produced);
-    each_row([&](int row) { add_to_stream(layer.after_mlp_norm, row); });
-  }
-
-  void add_to_stream(const float* norm, int row) const {
-    float* const from = produced(row, model_.hidden);
-    if (norm != nullptr) rms_norm(from, norm, model_.hidden, model_.norm_epsilon, from);
-    add(from, model_.hidden, stream(row));
+    add_product(layer.down, step_.normed, layer.after_mlp_norm, step_.produced);
   }
 
   void cap(float* logits) const {
@@ -189,7 +246,7 @@ inline std::ptrdiff_t forward_floats(const Model& model, const Forward& step) {
   std::ptrdiff_t most = 0;
   const int widths[] = {model.hidden, model.intermediate, model.n_query_heads * model.head_dim};
   for (const int n_columns : widths) {
-    most = larger(most, linear_floats(n_columns, step.n_sequences * step.n_new, step.n_threads));
+    if (!model.head.is_tiled) most = larger(most, linear_floats(n_columns, step.n_sequences * step.n_new, step.n_threads));
   }
   for (int i = 0; i < model.n_layers; ++i) {
     const Forwarding forwarding(model, step);

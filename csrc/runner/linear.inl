@@ -13,9 +13,6 @@
 #include "isa/small.h"
 #include "runner/linear_arguments.h"
 #include "threads.h"
-#ifdef STRATAKV_AMX
-#include "amx/linear.inl"
-#endif
 
 namespace stratakv::STRATAKV_ISA {
 
@@ -161,12 +158,6 @@ inline void linear_many(const LinearArguments& a) {
 
 inline void linear(const LinearArguments& a) {
   if (a.n_inputs == 0) return;
-#ifdef STRATAKV_AMX
-  if (a.matrix.type == NumberType::kBFloat) {
-    if (a.n_inputs > 1) return a.rounds_inputs ? linear_tiled<1>(a) : linear_tiled<kParts>(a);
-    if (a.rounds_inputs) round_input(a.x, a.n_columns());
-  }
-#endif
   const bool is_many = a.n_inputs >= kPackedInputs;
   switch (a.matrix.type) {
     case NumberType::kFloat: is_many ? linear_many<float>(a) : linear_few<float>(a); break;
@@ -177,11 +168,7 @@ inline void linear(const LinearArguments& a) {
 
 inline std::ptrdiff_t linear_floats(std::ptrdiff_t n_columns, int n_inputs, int n_threads) {
   const std::ptrdiff_t a_thread = larger<std::ptrdiff_t>(kStrip * n_columns + kPanel * kStrip, kWideRows * n_columns);
-  std::ptrdiff_t floats = padded(whole_panels(n_inputs) * n_columns) + n_threads * a_thread;
-#ifdef STRATAKV_AMX
-  for (int parts = 1; parts <= kParts; ++parts) floats = larger(floats, TiledShape::of(n_columns, n_inputs, parts).floats(n_threads));
-#endif
-  return floats;
+  return padded(whole_panels(n_inputs) * n_columns) + n_threads * a_thread;
 }
 
 }  // namespace stratakv::STRATAKV_ISA

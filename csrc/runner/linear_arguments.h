@@ -5,16 +5,14 @@
 
 namespace stratakv::STRATAKV_ISA {
 
-// x: [n_inputs, n_columns], y: [n_inputs, n_rows], dense. `scratch` has `linear_floats` floats. Where `rounds_inputs`, x may
-// be rounded to the matrix's type, in place.
+// x: [n_inputs, n_columns], y: [n_inputs, n_rows], dense. `scratch` has `linear_floats` floats.
 struct LinearArguments {
   const Matrix& matrix;
-  float* x;
+  const float* x;
   int n_inputs;
   float* y;
   int n_threads;
   float* scratch;
-  bool rounds_inputs = false;
 
   int n_columns() const { return static_cast<int>(matrix.n_columns); }
 };

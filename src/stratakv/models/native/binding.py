@@ -11,6 +11,7 @@ from torch import Tensor
 from stratakv.attention.cpu import FORMATS, MOST_POSITIONS, NUMBER_TYPES, PREFILL_QUERIES
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.memory import Memory
+from stratakv.blocks.ram import zeros
 from stratakv.errors import CapacityError, ConfigurationError
 from stratakv.models.native.architecture import Architecture
 from stratakv.models.native.rotation import Rotations
@@ -154,7 +155,12 @@ class Binding:
     def _matrix(self, linear: Linear) -> Any:
         weight, bias = linear.weight, linear.bias
         return self._kernels.Matrix(
-            weight.data_ptr(), *weight.shape, NUMBER_TYPES[weight.dtype], 0 if bias is None else bias.data_ptr()
+            weight.data_ptr(),
+            linear.n_rows,
+            linear.n_columns,
+            NUMBER_TYPES[weight.dtype],
+            0 if bias is None else bias.data_ptr(),
+            linear.is_tiled,
         )
 
     def _use_slabs(self, memory: Memory) -> list[list[Tensor]]:
@@ -191,15 +197,16 @@ class Binding:
         facts = self._architecture
         heads = facts.n_query_heads * facts.head_dim
         qkv = heads + 2 * facts.n_kv_heads * facts.head_dim
+        widest_input = -(-max(facts.hidden, heads, facts.intermediate) // 32) * 32  # whole steps, for tiles
         sizes = {
             "stream": n_rows * facts.hidden,
-            "normed": n_rows * max(facts.hidden, heads, facts.intermediate),
-            "produced": n_rows * max(qkv, 2 * facts.intermediate, facts.hidden),
+            "normed": n_rows * widest_input,
+            "produced": n_rows * max(qkv, 2 * facts.intermediate, widest_input),
             "lse": n_rows * facts.n_query_heads,
         }
         if all(name in self._room and self._room[name].numel() >= size for name, size in sizes.items()):
             return
-        self._room = {name: torch.empty(size, dtype=torch.float32, device="cpu") for name, size in sizes.items()}
+        self._room = {name: zeros(4 * size).view(torch.float32) for name, size in sizes.items()}
         self._decoder.set_room(*(self._room[name].data_ptr() for name in ("stream", "normed", "produced", "lse")))
 
 

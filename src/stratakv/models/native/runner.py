@@ -52,8 +52,9 @@ class NativeRunner:
             raise ConfigurationError(f"dtype {dtype} is not one of {', '.join(map(str, NUMBER_TYPES))}")
         self.architecture: Architecture = architecture_of(model)
         self._kernels, self.isa = load_kernels(isa)
+        in_tiles = dtype == torch.bfloat16 and self._kernels.tiles_bf16(self.isa)
         try:
-            self.weights = Weights.of(model, self.architecture, dtype)
+            self.weights = Weights.of(model, self.architecture, dtype, in_tiles=in_tiles)
         except MemoryError as error:
             raise CapacityError(f"the system has no room for the model's weights in {dtype}") from error
         self._rotations = Rotations(model.model.rotary_emb, self.architecture.layer_types, self.architecture.head_dim)
