@@ -46,7 +46,7 @@ class Tiles {
       config.row_bytes[i] = 64;
       config.n_rows[i] = static_cast<std::uint8_t>(rows[i]);
     }
-    _tile_loadconfig(&config);
+    asm volatile("ldtilecfg %0" ::"m"(config));  // all of it, of which GCC 12's own knows the first 8 bytes only
   }
 
   // Linux gives a process the tiles' registers on demand.
