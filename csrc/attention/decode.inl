@@ -1,7 +1,7 @@
 // Attention of few queries over many rows: every byte of K and V is read once, straight from the pages.
 //
 // Work is the list of all rows of all sequences, cut into equal stretches, one a thread. A thread takes all KV heads of
-// some rows before it goes on, so that it reads memory in one line: processors fetch ahead of that, and of little else.
+// some rows before it goes on, so that it reads memory in few lines: processors fetch ahead of those, and of little else.
 // It keeps the running maximum, sum and weighted values of all queries of one sequence (online softmax, Milakov and
 // Gimelshein 2018). Where a stretch begins or ends inside a sequence, what it has goes into a slot, and slots are merged
 // at the end.
@@ -21,6 +21,11 @@ namespace stratakv::STRATAKV_ISA {
 
 // A thread is worth its start for so many rows of one KV head.
 constexpr int kLeastRows = 256;
+
+// The blocks of a tile take turns by so many rows where that is faster. Processors fetch some 20 lines ahead of each line
+// of reading, and those with wide registers compute so fast that one line is not enough: two give them twice as many.
+constexpr int kTurn = 8;
+constexpr bool kTakesTurns = Vec::kRegisters >= 32;
 
 // Query i of a sequence.
 inline Query query_of(const AttentionArguments& a, int i) { return {i % a.n_new, i / a.n_new}; }
@@ -60,12 +65,12 @@ class Decoding {
   // pages are read in that order.
   void attend(int from, int to) {
     const int m = a_.group * a_.n_new, n = to - from;
-    each_page(from, to, [&](const char* bytes, int head, std::ptrdiff_t in_page, int at, int n_rows) {
-      const K* keys = keys_in<K>(a_.pages, bytes, head) + in_page * a_.pages.k_dim;
+    each_page(from, to, [&](const Stretch& rows, int head) {
+      const K* keys = keys_in<K>(a_.pages, rows.bytes, head) + std::ptrdiff_t{rows.in_page} * a_.pages.k_dim;
       in_fours(m, [&](int i, auto count) {
         const std::ptrdiff_t query = std::ptrdiff_t{head} * m + i;
-        score_rows<K, decltype(count)::value>(keys, n_rows, a_.pages.k_dim, queries_ + query * k_stride_, k_stride_,
-                                              scores_ + query * kTileRows + at, i == 0);
+        score_rows<K, decltype(count)::value>(keys, rows.n, a_.pages.k_dim, queries_ + query * k_stride_, k_stride_,
+                                              scores_ + query * kTileRows + rows.at, i == 0);
       });
     });
     const Sight sight(a_, sequence_);
@@ -74,27 +79,47 @@ class Decoding {
       sight.shape(query_of(a_, i), from, n, scores);
       decay_[i] = soften(scores, n, state_.top[i], state_.sum[i]);
     }
-    each_page(from, to, [&](const char* bytes, int head, std::ptrdiff_t in_page, int at, int n_rows) {
-      const V* values = values_in<V>(a_.pages, bytes, head) + in_page * a_.pages.v_dim;
+    each_page(from, to, [&](const Stretch& rows, int head) {
+      const V* values = values_in<V>(a_.pages, rows.bytes, head) + std::ptrdiff_t{rows.in_page} * a_.pages.v_dim;
       in_fours(m, [&](int i, auto count) {
         const std::ptrdiff_t query = std::ptrdiff_t{head} * m + i;
-        add_values<V, decltype(count)::value>(values, n_rows, a_.pages.v_dim, scores_ + query * kTileRows + at, decay_ + query,
+        add_values<V, decltype(count)::value>(values, rows.n, a_.pages.v_dim, scores_ + query * kTileRows + rows.at, decay_ + query,
                                               state_.values + query * v_stride_, v_stride_, i == 0);
-        for (int j = 0; j < decltype(count)::value; ++j) decay_[query + j] = 1.0f;  // the tile's other pages add to this
+        for (int j = 0; j < decltype(count)::value; ++j) decay_[query + j] = 1.0f;  // the tile's other rows add to this
       });
     });
   }
 
  private:
-  // function(the block's bytes, head, first row in the page, first row in the tile, rows) for the rows [from, to).
+  // Rows of one block that lie in a tile.
+  struct Stretch {
+    const char* bytes;  // of the block
+    int in_page, at, n;  // the first row in the page and in the tile, and how many there are
+
+    Stretch turn(int row, int most) const { return {bytes, in_page + row, at + row, smaller(most, n - row)}; }
+  };
+
+  // function(stretch, head) for the rows [from, to).
   template <typename Function>
   void each_page(int from, int to, const Function& function) const {
+    constexpr int kMost = kTileRows / kTurn + 1;
+    const int span = a_.pages.block_tokens;
+    Stretch stretches[kMost];
+    const bool takes_turns = kTakesTurns && span >= kTurn;
+    int n = 0;
     for (int row = from; row < to;) {
-      const int block = row / a_.pages.block_tokens, in_page = row % a_.pages.block_tokens;
-      const int n_rows = smaller(a_.pages.block_tokens - in_page, to - row);
-      const char* bytes = block_bytes(a_.pages, sequence_, block);
-      for (int head = 0; head < a_.pages.n_heads; ++head) function(bytes, head, in_page, row - from, n_rows);
-      row += n_rows;
+      const Stretch next{block_bytes(a_.pages, sequence_, row / span), row % span, row - from, smaller(span - row % span, to - row)};
+      row += next.n;
+      if (takes_turns) stretches[n++] = next;
+      else for (int head = 0; head < a_.pages.n_heads; ++head) function(next, head);
+    }
+    const int turn = n == 1 ? kTileRows : kTurn;
+    for (int head = 0; head < a_.pages.n_heads && n > 0; ++head) {
+      for (int row = 0; row < span; row += turn) {
+        for (int i = 0; i < n; ++i) {
+          if (row < stretches[i].n) function(stretches[i].turn(row, turn), head);
+        }
+      }
     }
   }
 
