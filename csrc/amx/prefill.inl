@@ -138,12 +138,12 @@ class TiledPrefilling {
   Span seen_by_pair(const Sight& sight, int pair, int row, int n) const {
     const Span first = sight.seen(query(pair * kTiledPair), row, n);
     const Span last = sight.seen(query(smaller((pair + 1) * kTiledPair, m_) - 1), row, n);
-    return {first.from / kTiledRows * kTiledRows, last.to};
+    return {first.from / kTiledPair * kTiledPair, last.to};
   }
 
   // Keys [row, width] and values [number, row], up to whole tiles: what lies behind the last row is zero.
   void pack(int row, int n) {
-    const int whole = (n + kTiledRows - 1) / kTiledRows * kTiledRows;
+    const int whole = (n + kTiledPair - 1) / kTiledPair * kTiledPair;
     const BFloat* values[kTiledTileRows];
     for (int r = 0; r < n;) {
       const char* bytes = block_bytes(a_.pages, sequence_, (row + r) / a_.pages.block_tokens);
@@ -194,7 +194,7 @@ class TiledPrefilling {
   // Scores of a pair of panels: [panel, row, query].
   void score(int pair, Span span) {
     const BFloat* const queries = queries_ + std::ptrdiff_t{pair} * 2 * sizes_.query_panel;
-    for (int r = span.from; r < span.to; r += kTiledRows) {
+    for (int r = span.from; r < span.to; r += kTiledPair) {
       float* const to = scores_ + std::ptrdiff_t{r} * kTile;
       float* const other = to + std::ptrdiff_t{kTiledTileRows} * kTile;
       multiply<kOf>({keys_ + r * sizes_.k_width, sizes_.k_width}, queries, queries + sizes_.query_panel, sizes_.k_width / kDeep, false,
@@ -205,7 +205,7 @@ class TiledPrefilling {
   // The scores of a panel become weights, packed; maxima and sums move on, and what was gathered loses its share.
   void soften(const Sight& sight, int panel, int row, Span span) {
     float* const scores = scores_ + std::ptrdiff_t{panel % 2} * kTiledTileRows * kTile;
-    const int whole = (span.to + kTiledRows - 1) / kTiledRows * kTiledRows;
+    const int whole = (span.to + kTiledPair - 1) / kTiledPair * kTiledPair;
     Vec top = Vec::load(top_ + panel * kTile);
     const Vec old = top;
     shape(sight, panel, row, span, scores);
@@ -286,7 +286,7 @@ class TiledPrefilling {
   void add(int pair, Span span) {
     const int n_steps = static_cast<int>(whole_steps(span.to)) - span.from / kDeep;
     const BFloat* const weights = weights_ + std::ptrdiff_t{span.from} * kOf * kTile;
-    for (std::ptrdiff_t d = 0; d < sizes_.v_width; d += kTiledRows) {
+    for (std::ptrdiff_t d = 0; d < sizes_.v_width; d += kTiledPair) {
       float* const to = sums_ + std::ptrdiff_t{pair} * 2 * sizes_.sum_panel + d * kTile;
       float* const other = to + sizes_.sum_panel;
       multiply<kOf>({values_ + d * kTiledTileRows + span.from, kTiledTileRows}, weights, weights + sizes_.weight_panel, n_steps, true,

@@ -9,9 +9,6 @@
 
 namespace stratakv::STRATAKV_ISA {
 
-// Rows at once.
-constexpr int kTiledRows = kTiledPair;
-
 // bf16 numbers of a packed panel.
 template <int kOf>
 inline std::ptrdiff_t packed_numbers(std::ptrdiff_t n) {

@@ -2,8 +2,8 @@
 
 from stratakv.integrations.transformers.attachment import Attachment, attach
 from stratakv.integrations.transformers.cache import KVCache
+from stratakv.integrations.transformers.checkpoint import CacheCheckpoint
 from stratakv.integrations.transformers.encoder_decoder import EncoderDecoderCheckpoint, EncoderDecoderKVCache
-from stratakv.integrations.transformers.state import CacheCheckpoint
 
 __all__ = [
     "Attachment",

@@ -11,7 +11,7 @@ from stratakv.blocks.audit import MemoryUsage
 from stratakv.blocks.interrupts import uninterrupted
 from stratakv.errors import StateError, UnsupportedError
 from stratakv.integrations.transformers.cache import KVCache
-from stratakv.integrations.transformers.state import CacheCheckpoint
+from stratakv.integrations.transformers.checkpoint import CacheCheckpoint
 
 
 class EncoderDecoderKVCache(EncoderDecoderCache):  # type: ignore[misc]  # transformers is untyped

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from stratakv.blocks.audit import MemoryUsage
-from stratakv.blocks.batch import Checkpoint, SequenceBatch
+from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.interrupts import uninterrupted
 from stratakv.errors import ConfigurationError, StateError, UnsupportedError
 from stratakv.integrations.transformers import recurrent
+from stratakv.integrations.transformers.checkpoint import CacheCheckpoint
 from stratakv.integrations.transformers.compat import (
     Cache,
     DynamicLayer,
@@ -207,7 +208,7 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
             StateError: the last forward stopped half way.
         """
         self._fed.check(self.batch.seen_tokens)
-        return CacheCheckpoint(self)
+        return CacheCheckpoint(self.batch.checkpoint(), self.layers, self.token_ids)
 
     @uninterrupted
     def rollback(self, mark: CacheCheckpoint) -> None:
@@ -335,24 +336,3 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def _recurrent_layers(self) -> list[Any]:
         return [layer for layer in self.layers if recurrent.has_states(layer)]
-
-
-class CacheCheckpoint:
-    """A state of a `KVCache`. Holds blocks until it is released or garbage collected."""
-
-    def __init__(self, cache: CacheState) -> None:
-        self.rows: Checkpoint = cache.batch.checkpoint()
-        self.states = {
-            index: recurrent.states_of(layer) for index, layer in enumerate(cache.layers) if recurrent.has_states(layer)
-        }
-        self.token_ids = cache.token_ids
-
-    @property
-    def seen_tokens(self) -> int:
-        """Tokens that the cache had seen."""
-        return self.rows.seen_tokens
-
-    @uninterrupted
-    def release(self) -> None:
-        """Let go of the blocks."""
-        self.rows.release()
