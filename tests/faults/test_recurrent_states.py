@@ -16,7 +16,7 @@ from stratakv.testing.stopping import stopped_forward
 from stratakv.verification.zoo import architectures, build_tiny
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("ignore"),  # transformers warns of its own deprecations while these models are built
     pytest.mark.skipif(
         not compat.states_go_through_cache,
         reason="this version of transformers gives models with states caches of their own; for_model refuses them",
