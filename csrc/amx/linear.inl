@@ -144,7 +144,7 @@ inline void end_gated(const GatedOutput& out, int input, int n, std::ptrdiff_t p
   alignas(64) float gates[kTileSums], ups[kTileSums];
   store_tile<kGates>(gates);
   store_tile<kUps>(ups);
-  const int at = static_cast<int>(pair) * kTile, some = out.n - at;
+  const int at = static_cast<int>(pair) * kTile, some = larger(out.n - at, 0);  // none where a pair is only half full
   const std::ptrdiff_t pitch = input_pitch(out.n);
   Vec gate_bias = Vec::zero(), up_bias = Vec::zero();
   if (out.bias != nullptr) {

@@ -106,16 +106,17 @@ class Decoding {
     const int span = a_.pages.block_tokens;
     Stretch stretches[kMost];
     const bool takes_turns = kTakesTurns && span >= kTurn;
-    int n = 0;
+    int n = 0, most = 0;
     for (int row = from; row < to;) {
       const Stretch next{block_bytes(a_.pages, sequence_, row / span), row % span, row - from, smaller(span - row % span, to - row)};
       row += next.n;
+      most = larger(most, next.n);
       if (takes_turns) stretches[n++] = next;
       else for (int head = 0; head < a_.pages.n_heads; ++head) function(next, head);
     }
     const int turn = n == 1 ? kTileRows : kTurn;
     for (int head = 0; head < a_.pages.n_heads && n > 0; ++head) {
-      for (int row = 0; row < span; row += turn) {
+      for (int row = 0; row < most; row += turn) {
         for (int i = 0; i < n; ++i) {
           if (row < stretches[i].n) function(stretches[i].turn(row, turn), head);
         }

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from stratakv.blocks import interrupts
 from stratakv.blocks.arena import Arena
 from stratakv.blocks.interrupts import uninterrupted
 from stratakv.blocks.memory import Memory
@@ -112,4 +113,36 @@ def test_other_signals_that_raise_do_not_take_the_interrupt_away() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     held()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_interrupts_of_one_verb_are_raised_once() -> None:
+    def thrice() -> None:
+        for _ in range(3):
+            interrupt()
+
+    with pytest.raises(KeyboardInterrupt):
+        uninterrupted(thrice)()
+    assert uninterrupted(lambda: "undisturbed")() == "undisturbed"
+    assert not interrupts._came
+
+
+def test_a_handler_that_was_set_meanwhile_stays() -> None:
+    came: list[int] = []
+    uninterrupted(lambda: signal.signal(signal.SIGINT, lambda number, _: came.append(number)))()
+    interrupt()
+    assert came == [signal.SIGINT]
+
+
+def test_an_interrupt_is_not_lost_where_the_handler_could_not_be_put_back() -> None:
+    taken = uninterrupted(lambda: signal.getsignal(signal.SIGINT))()
+    signal.signal(signal.SIGINT, taken)  # as left by signals that raise, or by who takes it for the process's own
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        uninterrupted(interrupt)()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -235,12 +235,12 @@ def doubled(function: Callable[..., Any]) -> Callable[..., Any]:
     return cast("Callable[..., Any]", names["double"](function))
 
 
-@pytest.mark.parametrize("method", ["forward", "__call__"])
+@pytest.mark.parametrize("method", ["forward", "__call__", "_call_impl"])
 def test_a_class_that_was_patched_by_a_wrapper_is_refused(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
     mlp = type(model.model.layers[0].mlp)
     monkeypatch.setattr(mlp, method, doubled(getattr(mlp, method)))
-    with pytest.raises(UnsupportedError, match="forward of LlamaMLP is one of torch_tricks"):
+    with pytest.raises(UnsupportedError, match=f"{method} of LlamaMLP is one of torch_tricks"):
         NativeRunner(model)
 
 
@@ -279,6 +279,37 @@ def test_functions_replaced_within_transformers_are_refused(
     monkeypatch.setattr(modeling_llama, name, replace(getattr(modeling_llama, name)))
     with pytest.raises(UnsupportedError, match=f"{name} in transformers.models.llama.modeling_llama"):
         NativeRunner(model)
+
+
+def test_all_modules_patched_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    monkeypatch.setattr(nn.Module, "_call_impl", doubled(nn.Module._call_impl))
+    with pytest.raises(UnsupportedError, match=r"_call_impl of \w+ is one of torch_tricks"):
+        NativeRunner(model)
+
+
+def as_kernels_has_it(function: Callable[..., Any]) -> nn.Module:
+    """What the package `kernels` makes of a function of a model: a module that calls it."""
+
+    def _create_func_module(func: Callable[..., Any]) -> type[nn.Module]:
+        class Func(nn.Module):
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                return func(*args, **kwargs)
+
+        Func.__module__ = "kernels.layer.layer"
+        return Func
+
+    return _create_func_module(function)()
+
+
+def test_functions_behind_a_decorator_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, own = tiny_llama(), modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", as_kernels_has_it(own))
+    NativeRunner(model)
+    for other in (doubled(own), modeling_llama.rotate_half, lambda *given: own(*given)):  # noqa: PLW0108  (written elsewhere)
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", as_kernels_has_it(other))
+        with pytest.raises(UnsupportedError, match="apply_rotary_pos_emb in transformers"):
+            NativeRunner(model)
 
 
 def test_another_method_of_a_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

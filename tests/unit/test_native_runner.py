@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -164,6 +165,21 @@ def test_matrices_of_any_width_have_room(
     tokens = some_tokens(*shape)
     found, expected = runner.forward(runner.new_batch(format="fp32"), tokens, every=True), logits_of(model, tokens)
     assert (found - expected).square().mean().sqrt() <= 0.05 * expected.square().mean().sqrt()
+
+
+@every_isa
+@pytest.mark.parametrize("intermediate", [8, 16, 17, 40, 47])
+def test_nothing_behind_a_bias_is_read(isa: str, intermediate: int) -> None:
+    model = tiny_llama(intermediate_size=intermediate, mlp_bias=True, attention_bias=True)
+    runner = NativeRunner(model, dtype=torch.bfloat16, isa=isa)
+    tokens = some_tokens(3, 20)
+    expected = runner.forward(runner.new_batch(format="fp32"), tokens, every=True)
+    for layer in runner.weights.layers:
+        for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
+            assert linear.bias is not None
+            followed = torch.nn.functional.pad(linear.bias, (0, 64), value=math.nan)
+            object.__setattr__(linear, "bias", followed[: len(linear.bias)])
+    assert torch.equal(runner.forward(runner.new_batch(format="fp32"), tokens, every=True), expected)
 
 
 @every_isa
@@ -383,6 +399,8 @@ def test_other_families_are_refused() -> None:
         NativeRunner(tiny_t5())
     with pytest.raises(UnsupportedError, match="dynamic"):
         NativeRunner(tiny_llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))
+    with pytest.raises(UnsupportedError, match="no layers"):
+        NativeRunner(tiny_llama(num_hidden_layers=0))
     with pytest.raises(UnsupportedError, match="relu"):
         NativeRunner(tiny_llama(hidden_act="relu"))
     with pytest.raises(ConfigurationError, match="float64"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -65,3 +67,17 @@ def test_threads_never_share_memory() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(use, range(1, 9)))
+
+
+def test_what_is_spare_makes_room_under_a_limit_of_the_process() -> None:
+    """Of the address space, in a process of its own: a limit cannot always be taken back."""
+    program = f"""
+import resource
+from stratakv.blocks.ram import zeros
+held = [zeros(40 * {LEAST_BYTES} + i) for i in range(6)]
+del held
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 60 * {LEAST_BYTES},) * 2)
+assert not zeros(120 * {LEAST_BYTES}).any()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

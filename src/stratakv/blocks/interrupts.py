@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-_came: list[tuple[int, FrameType | None]] = []
+_came: list[tuple[int, FrameType | None]] = []  # the first while the outermost verb runs
+_handler: Callable[[int, FrameType | None], Any] = signal.default_int_handler  # in whose place `_remember` is
 
 
 def uninterrupted(verb: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let an interrupt that arrives while `verb` runs be raised when it has returned.
+    """Let an interrupt that arrives while `verb` runs be raised when it has returned; several are one.
 
     Python interrupts the main thread only, so that other threads have nothing to hold. What other signals' handlers
     raise is not held, and handlers that were set outside of Python are not seen.
@@ -24,25 +26,66 @@ def uninterrupted(verb: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(verb)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if threading.get_ident() != threading.main_thread().ident:
-            return verb(*args, **kwargs)
-        handler = signal.getsignal(signal.SIGINT)
-        if handler is _remember or not callable(handler):  # held further out, or nothing of Python's would be raised
-            return verb(*args, **kwargs)
+        is_outermost = _hold()
         try:
-            signal.signal(signal.SIGINT, _remember)
             return verb(*args, **kwargs)
         finally:
-            try:
-                signal.signal(signal.SIGINT, handler)
-            except BaseException:  # of another signal's handler, which runs first
-                signal.signal(signal.SIGINT, handler)
-                raise
-            while _came:
-                handler(*_came.pop(0))
+            if is_outermost:
+                _deliver()
 
     return run
 
 
+def _hold() -> bool:
+    """Put `_remember` in place. False where interrupts are held further out, or cannot be."""
+    global _handler  # noqa: PLW0603  (signals are the process's, too)
+    if threading.get_ident() != threading.main_thread().ident:
+        return False
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is _remember:
+        if _is_in_verb(sys._getframe(2)):
+            return False
+    elif callable(handler):
+        _handler = handler
+        try:
+            signal.signal(signal.SIGINT, _remember)
+        except ValueError:  # the interpreter's main thread is not the one that `threading` takes for it
+            return False
+    else:
+        return False  # nothing of Python's would be raised
+    _came.clear()
+    return True
+
+
+def _deliver() -> None:
+    try:
+        if signal.getsignal(signal.SIGINT) is _remember:  # and not one that was set meanwhile
+            try:
+                signal.signal(signal.SIGINT, _handler)
+            except BaseException:  # of another signal's handler, which runs first
+                signal.signal(signal.SIGINT, _handler)
+                raise
+    finally:
+        if _came:
+            first = _came[0]
+            _came.clear()
+            _handler(*first)
+
+
 def _remember(number: int, frame: FrameType | None) -> None:
-    _came.append((number, frame))
+    """Hold an interrupt, or pass it on where no verb runs.
+
+    Then handlers of other signals raised whenever it was put back, or somebody took it for the process's own.
+    """
+    if not _is_in_verb(frame):
+        _handler(number, frame)
+    elif not _came:
+        _came.append((number, frame))
+
+
+def _is_in_verb(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals is globals():
+            return True
+        frame = frame.f_back
+    return False

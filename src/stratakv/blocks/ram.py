@@ -28,7 +28,11 @@ def zeros(nbytes: int) -> Tensor:
     memory = _spare.take(nbytes)
     is_used = memory is not None
     if memory is None:
-        memory = _mapped(nbytes)
+        try:
+            memory = _mapped(nbytes)
+        except MemoryError:  # what is spare counts against limits of a process
+            _spare.clear()
+            memory = _mapped(nbytes)
     held = (ctypes.c_uint8 * nbytes).from_buffer(memory)
     weakref.finalize(held, _spare.put, memory, nbytes).atexit = False
     with torch.inference_mode(mode=False):
@@ -67,6 +71,10 @@ class _Spare:
         while sum(size for size, _ in list(self._memories)) > SPARE_BYTES:
             with contextlib.suppress(IndexError):  # another thread was faster
                 self._memories.popleft()
+
+    def clear(self) -> None:
+        """Give all back to the system."""
+        self._memories.clear()
 
     def take(self, nbytes: int) -> mmap.mmap | None:
         """Memory of that size, not zero, or None."""

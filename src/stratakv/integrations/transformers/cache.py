@@ -81,7 +81,7 @@ class KVCache(CacheState):
             layout: `paged` (slabs of blocks; growth copies nothing), `contiguous` (preallocated, takes `capacity`) or
                 `growing` (one stretch a sequence, doubled when full).
             block_tokens: rows in a block, for `paged`.
-            capacity: tokens a sequence can hold, for `contiguous`.
+            capacity: tokens of a sequence that layers without a window can hold, for `contiguous`.
             policy: which tokens stay. Needs `stratakv.attach(model)` first, since no mask of the model expresses it.
             memory: most bytes to hold, as a number or like `"2GiB"`. None: no limit.
             poison: overwrite freed blocks with NaN, to make stale reads visible. For tests.
@@ -164,9 +164,9 @@ class KVCache(CacheState):
                 f"keys and values must be [batch, heads, tokens, dim], layer {layer_idx} gave {shapes}"
             )
         batch, step = self.batch, self.batch.open_step
-        if step is None or layer_idx in step.written:
-            self._begin(key_states)
         try:
+            if step is None or layer_idx in step.written:
+                self._begin(key_states)
             self._learn_shape(layer, key_states, value_states)
             n_columns, offset = self.mask_sizes(layer_idx, key_states.shape[2])
             view = batch.write(layer_idx, key_states, value_states)

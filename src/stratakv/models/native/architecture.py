@@ -81,6 +81,8 @@ def architecture_of(model: Any) -> Architecture:
         raise UnsupportedError(
             f"the native runner computes {', '.join(ACTIVATIONS)}, not the activation {activation!r}"
         )
+    if not config.num_hidden_layers:
+        raise UnsupportedError(f"this {name} has no layers, and so no keys and values to cache")
     if getattr(config, "use_bidirectional_attention", False):
         raise UnsupportedError("the native runner is causal; this model attends in both directions")
     n_layers: int = config.num_hidden_layers

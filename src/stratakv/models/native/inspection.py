@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from stratakv.errors import UnsupportedError
 
 _SOURCES = ("transformers", "torch", "stratakv")
-_HARMLESS = ("typing", "dataclasses", "kernels.layer.layer")  # the last one's functions call what they decorate
+_HARMLESS = ("typing", "dataclasses")
 _FLASH = (None, "flash_attention_forward"), "flash_attention_mask"
 # What attends and what makes the masks, by the name under which a model asks for both.
 _WAYS = {
@@ -135,10 +135,11 @@ def _check_module(name: str, module: Any, expected: Any) -> None:
 
 def _check_functions(kind: type) -> None:
     """Look at the forward of a class of modules, and at what its forward may call by name."""
-    forward, call = inspect.getattr_static(kind, "forward"), inspect.getattr_static(kind, "__call__")
+    forward = inspect.getattr_static(kind, "forward")
     own = next(base for base in kind.__mro__ if "forward" in vars(base))
-    if foreign := _foreign(forward) or _foreign(call):
-        raise UnsupportedError(f"the forward of {kind.__name__} is one of {foreign}")
+    for name in ("forward", "__call__", "_wrapped_call_impl", "_call_impl"):
+        if foreign := _foreign(inspect.getattr_static(kind, name)):
+            raise UnsupportedError(f"the {name} of {kind.__name__} is one of {foreign}")
     if not issubclass(kind, transformers.PreTrainedModel):  # which have methods of many kinds
         for name, method in vars(kind).items():
             if isinstance(method, FunctionType) and name != "__init__" and (foreign := _foreign(method)):
@@ -154,11 +155,20 @@ def _check_names(module: ModuleType) -> None:
     for name, function in vars(module).items():
         if not callable(function) or isinstance(function, type):
             continue
-        foreign = _foreign(function)
+        own = _decorated(function)
+        foreign = _foreign(own)
         if foreign in _HARMLESS:
             continue
-        if foreign or getattr(function, "__name__", None) != name:
+        if foreign or getattr(own, "__name__", None) != name:
             raise UnsupportedError(f"{name} in {module.__name__} is {function}, of {foreign or 'another name'}")
+
+
+def _decorated(function: Any) -> Any:
+    """The function that the package `kernels` made a module of, which calls it; any other one is itself."""
+    kind = type(function)
+    if kind.__module__ != "kernels.layer.layer" or "forward" in vars(function):
+        return function
+    return inspect.getclosurevars(kind.forward).nonlocals.get("func", function)
 
 
 def _foreign(function: Any) -> str | None:
