@@ -39,6 +39,7 @@ class Decoding {
         n_(queries_in(a)),
         k_stride_(padded(a.pages.k_dim)),
         v_stride_(padded(a.pages.v_dim)),
+        read_bytes_(a.pages.n_heads * (a.pages.k_page_bytes + a.pages.v_page_bytes)),
         queries_(memory),
         scores_(queries_ + n_ * k_stride_),
         decay_(scores_ + std::ptrdiff_t{n_} * kTileRows),
@@ -55,7 +56,10 @@ class Decoding {
 
   void begin(int sequence) {
     sequence_ = sequence;
-    for (int i = 0; i < n_; ++i) load_query(a_, sequence, query_of(a_, i), queries_ + i * k_stride_);
+    for (int i = 0; i < n_; ++i) {
+      load_query(a_, sequence, query_of(a_, i), queries_ + i * k_stride_);
+      arrange<K>(queries_ + i * k_stride_, a_.pages.k_dim);
+    }
     fill(state_.top, n_, kMinusInfinity);
     fill(state_.sum, n_, 0.0f);
     fill(state_.values, n_ * v_stride_, 0.0f);
@@ -70,7 +74,7 @@ class Decoding {
       in_fours(m, [&](int i, auto count) {
         const std::ptrdiff_t query = std::ptrdiff_t{head} * m + i;
         score_rows<K, decltype(count)::value>(keys, rows.n, a_.pages.k_dim, queries_ + query * k_stride_, k_stride_,
-                                              scores_ + query * kTileRows + rows.at, i == 0);
+                                              scores_ + query * kTileRows + rows.at, i == 0 ? ahead(rows, keys) : nullptr);
       });
     });
     const Sight sight(a_, sequence_);
@@ -84,20 +88,32 @@ class Decoding {
       in_fours(m, [&](int i, auto count) {
         const std::ptrdiff_t query = std::ptrdiff_t{head} * m + i;
         add_values<V, decltype(count)::value>(values, rows.n, a_.pages.v_dim, scores_ + query * kTileRows + rows.at, decay_ + query,
-                                              state_.values + query * v_stride_, v_stride_, i == 0);
+                                              state_.values + query * v_stride_, v_stride_, i == 0 ? ahead(rows, values) : nullptr);
         for (int j = 0; j < decltype(count)::value; ++j) decay_[query + j] = 1.0f;  // the tile's other rows add to this
       });
     });
+  }
+
+  // All rows were attended to.
+  void end() {
+    for (int i = 0; i < n_; ++i) settle<V>(state_.values + i * v_stride_, a_.pages.v_dim);
   }
 
  private:
   // Rows of one block that lie in a tile.
   struct Stretch {
     const char* bytes;  // of the block
+    const char* next;   // of that which is read when this one ends
     int in_page, at, n;  // the first row in the page and in the tile, and how many there are
 
-    Stretch turn(int row, int most) const { return {bytes, in_page + row, at + row, smaller(most, n - row)}; }
+    Stretch turn(int row, int most) const { return {bytes, next, in_page + row, at + row, smaller(most, n - row)}; }
   };
+
+  // What is wanted kPagesAhead bytes after a place in a block: blocks are read from their first byte to their last.
+  const char* ahead(const Stretch& rows, const void* place) const {
+    const std::ptrdiff_t wanted = static_cast<const char*>(place) - rows.bytes + kPagesAhead, behind = wanted - read_bytes_;
+    return behind < 0 ? rows.bytes + wanted : rows.next + behind;
+  }
 
   // function(stretch, head) for the rows [from, to).
   template <typename Function>
@@ -107,8 +123,11 @@ class Decoding {
     Stretch stretches[kMost];
     const bool takes_turns = kTakesTurns && span >= kTurn;
     int n = 0, most = 0;
+    const int last = (a_.rows.counts[sequence_] - 1) / span, later = takes_turns ? (kTileRows + span - 1) / span : 1;
     for (int row = from; row < to;) {
-      const Stretch next{block_bytes(a_.pages, sequence_, row / span), row % span, row - from, smaller(span - row % span, to - row)};
+      const int block = row / span;
+      const Stretch next{block_bytes(a_.pages, sequence_, block), block_bytes(a_.pages, sequence_, smaller(block + later, last)),
+                         row % span, row - from, smaller(span - row % span, to - row)};
       row += next.n;
       most = larger(most, next.n);
       if (takes_turns) stretches[n++] = next;
@@ -126,7 +145,7 @@ class Decoding {
 
   const AttentionArguments& a_;
   int n_;
-  std::ptrdiff_t k_stride_, v_stride_;
+  std::ptrdiff_t k_stride_, v_stride_, read_bytes_;
   float *queries_, *scores_, *decay_;
   State state_;
   int sequence_ = 0;
@@ -171,6 +190,7 @@ void decode_typed(const AttentionArguments& a) {
       if (from >= to && (count > 0 || thread > 0)) continue;
       decoding.begin(s);
       for (int row = skip + from; row < skip + to; row += kTileRows) decoding.attend(row, smaller(row + kTileRows, skip + to));
+      decoding.end();
       if (from == 0 && to == count) {
         finish(a, decoding.state(), s);
         continue;

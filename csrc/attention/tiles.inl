@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "isa/apart.h"
 #include "isa/small.h"
 
 namespace stratakv::STRATAKV_ISA {
@@ -10,9 +11,8 @@ namespace stratakv::STRATAKV_ISA {
 // Rows that one step takes: as many as leave their scores in the first cache, since each step has a cost of its own.
 constexpr int kTileRows = 128;
 
-
-// scores[m][r] = query m . key r for kRows keys at a time. Meanwhile kLines lines of 64 bytes from `ahead` on are fetched
-// with each register of columns.
+// scores[m][r] = query m . key r for kRows keys at a time; queries are arranged for them. Meanwhile kLines lines of 64
+// bytes from `ahead` on are fetched with each register of columns.
 template <typename K, int kQueries, int kRows, int kLines = 0>
 inline void score_tile(const K* keys, int dim, const float* queries, std::ptrdiff_t query_stride, float* scores,
                        std::ptrdiff_t score_stride, const char* ahead = nullptr) {
@@ -23,6 +23,26 @@ inline void score_tile(const K* keys, int dim, const float* queries, std::ptrdif
     for (int r = 0; r < kRows; ++r) sums[m][r] = Vec::zero();
   }
   int d = 0;
+  if constexpr (kApart<K>) {
+    for (; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth) {
+      Vec q[kQueries][2];
+      STRATAKV_UNROLL
+      for (int m = 0; m < kQueries; ++m) {
+        q[m][0] = Vec::load(queries + m * query_stride + d);
+        q[m][1] = Vec::load(queries + m * query_stride + d + Vec::kWidth);
+      }
+      STRATAKV_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        Vec k[2];
+        load_each(keys + std::ptrdiff_t{r} * dim + d, k);
+        STRATAKV_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          STRATAKV_UNROLL
+          for (int m = 0; m < kQueries; ++m) sums[m][r] = Vec::fma(q[m][i], k[i], sums[m][r]);
+        }
+      }
+    }
+  }
   for (; d + Vec::kWidth <= dim; d += Vec::kWidth) {
     for (int line = 0; line < kLines; ++line, ahead += 64) __builtin_prefetch(ahead);
     Vec q[kQueries];
@@ -55,10 +75,17 @@ inline void score_tile(const K* keys, int dim, const float* queries, std::ptrdif
   }
 }
 
-// Asks for the lines that lie `distance` behind these `n` bytes. What is read lies in line, and the processor's own
-// fetching ends with each 4 KiB.
-inline void fetch_ahead(const void* bytes, std::ptrdiff_t n, std::ptrdiff_t distance) {
-  const char* line = static_cast<const char*>(bytes) + distance;
+// Before its first score, a query is brought into the order in which keys are loaded.
+template <typename K>
+inline void arrange([[maybe_unused]] float* query, [[maybe_unused]] int dim) {
+  if constexpr (kApart<K>) {
+    for (int d = 0; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth) part(query + d);
+  }
+}
+
+// Asks for the lines of `n` bytes.
+inline void fetch(const void* bytes, std::ptrdiff_t n) {
+  const char* line = static_cast<const char*>(bytes);
   for (const char* end = line + n; line < end; line += 64) __builtin_prefetch(line);
 }
 
@@ -68,32 +95,36 @@ constexpr int kPagesAhead = 4096;
 
 // Scores of all rows, kRows at a time.
 template <typename K, int kQueries, int kRows>
-inline void score_rows_by(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, bool is_first) {
+inline void score_rows_by(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, const char* ahead) {
   int r = 0;
   for (; r + kRows <= n_rows; r += kRows) {
-    if (is_first) fetch_ahead(keys + std::ptrdiff_t{r} * dim, kRows * dim * std::ptrdiff_t{sizeof(K)}, kPagesAhead);
+    if (ahead != nullptr) fetch(ahead + r * dim * std::ptrdiff_t{sizeof(K)}, kRows * dim * std::ptrdiff_t{sizeof(K)});
     score_tile<K, kQueries, kRows>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r, kTileRows);
   }
   for (; r < n_rows; ++r) score_tile<K, kQueries, 1>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r, kTileRows);
 }
 
-// Scores of all rows. Of all queries that meet the rows, the first ones (`is_first`) fetch what lies behind.
+// Scores of all rows. Of all queries that meet the rows, the first ones fetch as many bytes from `ahead` on.
 template <typename K, int kQueries>
-inline void score_rows(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, bool is_first) {
+inline void score_rows(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, const char* ahead) {
   // As many as leave all sums in registers. With 16 of those, three rows for four queries are faster than four, which
   // leave no register free, but for short ones: their sums are then added up one by one.
   constexpr int kRows = Vec::kRegisters >= 32 ? (kQueries <= 2 ? 8 : 4) : (kQueries == 1 ? 8 : 4);
   if constexpr (Vec::kRegisters < 32 && kQueries == 4) {
-    if (dim >= 80) return score_rows_by<K, kQueries, 3>(keys, n_rows, dim, queries, stride, scores, is_first);
+    if (dim >= 80) return score_rows_by<K, kQueries, 3>(keys, n_rows, dim, queries, stride, scores, ahead);
   }
-  score_rows_by<K, kQueries, kRows>(keys, n_rows, dim, queries, stride, scores, is_first);
+  score_rows_by<K, kQueries, kRows>(keys, n_rows, dim, queries, stride, scores, ahead);
 }
 
-// values[m][d] = values[m][d] * decay[m] + sum over r of weights[m][r] * V[r][d].
+// Registers of columns whose sums add_values has at once.
+template <int kQueries>
+constexpr int kColumns = Vec::kRegisters >= 32 || kQueries == 2 || kQueries == 3 ? 4 : kQueries == 1 ? 8 : 2;
+
+// values[m][d] = values[m][d] * decay[m] + sum over r of weights[m][r] * V[r][d]. In the end values have to be settled.
 template <typename V, int kQueries>
 inline void add_values(const V* rows, int n_rows, int dim, const float* weights, const float* decay, float* values,
-                       std::ptrdiff_t value_stride, bool is_first) {
-  constexpr int kVectors = Vec::kRegisters >= 32 ? 4 : (kQueries == 1 ? 8 : kQueries == 2 ? 4 : kQueries == 3 ? 4 : 2);
+                       std::ptrdiff_t value_stride, const char* ahead) {
+  constexpr int kVectors = kColumns<kQueries>;
   int d = 0;
   for (; d + kVectors * Vec::kWidth <= dim; d += kVectors * Vec::kWidth) {
     Vec sums[kQueries][kVectors];
@@ -105,15 +136,20 @@ inline void add_values(const V* rows, int n_rows, int dim, const float* weights,
       }
     }
     for (int r = 0; r < n_rows; ++r) {
-      if (is_first && d == 0) fetch_ahead(rows + std::ptrdiff_t{r} * dim, dim * std::ptrdiff_t{sizeof(V)}, kPagesAhead);
+      if (ahead != nullptr && d == 0) fetch(ahead + r * dim * std::ptrdiff_t{sizeof(V)}, dim * std::ptrdiff_t{sizeof(V)});
       Vec w[kQueries];
       STRATAKV_UNROLL
       for (int m = 0; m < kQueries; ++m) w[m] = Vec::all(weights[m * kTileRows + r]);
+      constexpr int kAtOnce = kApart<V> ? 2 : 1;
       STRATAKV_UNROLL
-      for (int i = 0; i < kVectors; ++i) {
-        const Vec v = Vec::load(rows + std::ptrdiff_t{r} * dim + d + i * Vec::kWidth);
+      for (int i = 0; i < kVectors; i += kAtOnce) {
+        Vec v[kAtOnce];
+        load_each(rows + std::ptrdiff_t{r} * dim + d + i * Vec::kWidth, v);
         STRATAKV_UNROLL
-        for (int m = 0; m < kQueries; ++m) sums[m][i] = Vec::fma(w[m], v, sums[m][i]);
+        for (int j = 0; j < kAtOnce; ++j) {
+          STRATAKV_UNROLL
+          for (int m = 0; m < kQueries; ++m) sums[m][i + j] = Vec::fma(w[m], v[j], sums[m][i + j]);
+        }
       }
     }
     STRATAKV_UNROLL
@@ -135,6 +171,15 @@ inline void add_values(const V* rows, int n_rows, int dim, const float* weights,
     }
     STRATAKV_UNROLL
     for (int m = 0; m < kQueries; ++m) sums[m].store(values + m * value_stride + d);
+  }
+}
+
+// Values in the order of their columns.
+template <typename V>
+inline void settle([[maybe_unused]] float* values, [[maybe_unused]] int dim) {
+  if constexpr (kApart<V>) {
+    constexpr int kAtOnce = kColumns<1> * Vec::kWidth;  // as for any number of queries there
+    for (int d = 0; d < dim / kAtOnce * kAtOnce; d += 2 * Vec::kWidth) join(values + d);
   }
 }
 

@@ -39,8 +39,10 @@ struct Vec {
   float sum() const { return _mm512_reduce_add_ps(v); }
   float largest() const { return _mm512_reduce_max_ps(v); }
   static void store_sums(Vec a, Vec b, Vec c, Vec d, float* p) {
-    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a.folded(), b.folded()), _mm256_hadd_ps(c.folded(), d.folded()));
-    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+    const __m512d ab = _mm512_castps_pd(in_pairs(a.v, b.v)), cd = _mm512_castps_pd(in_pairs(c.v, d.v));
+    const __m512 fours = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    const __m256 twos = _mm256_add_ps(_mm512_castps512_ps256(fours), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(fours), 1)));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(twos), _mm256_extractf128_ps(twos, 1)));
   }
 
   // Rows become columns: kWidth of them. Row i and row i + 8 are interleaved to rows 2 i and 2 i + 1, which rotates the
@@ -81,9 +83,8 @@ struct Vec {
     const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7FC0)));
   }
-  __m256 folded() const {
-    return _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
-  }
+  // Sums of numbers of a, then of b, in turns.
+  static __m512 in_pairs(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
 };
 
 }  // namespace stratakv::STRATAKV_ISA

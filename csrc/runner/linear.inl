@@ -34,7 +34,7 @@ inline Vec spread_product(const W* weights, const float* x, int n) {
   for (int i = 0; i < kSums; ++i) sums[i] = Vec::zero();
   int d = 0;
   for (; d + kSums * Vec::kWidth <= n; d += kSums * Vec::kWidth) {
-    fetch_ahead(weights + d, kSums * Vec::kWidth * std::ptrdiff_t{sizeof(W)}, kWeightsAhead);
+    fetch(reinterpret_cast<const char*>(weights + d) + kWeightsAhead, kSums * Vec::kWidth * std::ptrdiff_t{sizeof(W)});
     STRATAKV_UNROLL
     for (int i = 0; i < kSums; ++i) {
       sums[i] = Vec::fma(Vec::load(x + d + i * Vec::kWidth), Vec::load(weights + d + i * Vec::kWidth), sums[i]);
