@@ -21,9 +21,6 @@ try:  # by its name, so that the package's root, which knows all parts, is not i
 except ImportError:  # installed without the extension
     _kernels = None
 
-_Step = tuple[Any, tuple[object, ...]]
-"""A call of a kernel, and what it has the addresses of."""
-
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMATS = {FORMAT_OF_DTYPE[dtype]: number for dtype, number in NUMBER_TYPES.items()}
 MASK_BOOL, MASK_FLOAT, MASK_BIAS = 1, 2, 3
@@ -83,7 +80,7 @@ class CpuBackend(AttentionBackend):
 
     def __init__(self, isa: str | None = None) -> None:
         self._kernels, self.isa = load_kernels(isa)
-        self._last: tuple[ReadPlan, tuple[object, ...], _Step] | None = None
+        self._last: tuple[ReadPlan, tuple[object, ...], _Call] | None = None
 
     def supports(self, view: KVView, options: AttentionOptions, dtype: torch.dtype) -> str | None:
         """Float pages in RAM."""
@@ -100,91 +97,64 @@ class CpuBackend(AttentionBackend):
 
     def run(self, query: Tensor, view: KVView, options: AttentionOptions) -> tuple[Tensor, Tensor]:
         """Attend part by part: the heads of a part hold the same rows."""
+        part = view.parts[0]
+        is_whole = part.heads == tuple(range(view.n_kv_heads))
+        if is_whole and options.mask is None and options.bias is None and options.sinks is None:
+            call = self._plain_call(query, part, view, options)
+            query, out, lse = _operands(query, view)
+            call.run(part, query, out, lse)
+            return out, lse
+        self._check(query, view, options)
+        query, out, lse = _operands(query, view)
+        table, kind = _added(options)
+        for part in view.parts:
+            if is_whole:
+                call = self._new_call(query, part, view, options, options.sinks)
+                call.set_mask(table, kind, options.mask_offset)
+                call.run(part, query, out, lse)
+                continue
+            heads = query_heads(part, query.shape[1] // view.n_kv_heads)
+            sinks = None if options.sinks is None else options.sinks[heads]
+            call = self._new_call(query, part, view, options, sinks)
+            call.set_mask(table if table is None or table.shape[1] == 1 else table[:, heads], kind, options.mask_offset)
+            own_out, own_lse = torch.empty_like(out[:, heads]), torch.empty_like(lse[:, heads])
+            call.run(part, query[:, heads], own_out, own_lse)
+            out[:, heads], lse[:, heads] = own_out, own_lse
+        return out, lse
+
+    def _check(self, query: Tensor, view: KVView, options: AttentionOptions) -> None:
         check_call(query, view, options)
         if reason := self.supports(view, options, query.dtype):
             raise ConfigurationError(f"the kernels do not serve this call: {reason}")
-        n_sequences, n_query_heads, n_new, _ = query.shape
-        query = query.resolve_neg()
-        query = query if query.stride(3) == 1 else query.contiguous()
-        group = n_query_heads // view.n_kv_heads
-        out = query.new_empty((n_sequences, n_new, n_query_heads, view.v_dim)).transpose(1, 2)
-        lse = query.new_empty((n_sequences, n_query_heads, n_new), dtype=torch.float32)
-        table, kind = _added(options)
-        for part in view.parts:
-            if part.heads == tuple(range(view.n_kv_heads)):
-                self._run_part(query, part, view, options, table, kind, group, out, lse)
-                continue
-            heads = query_heads(part, group)
-            shape = (n_sequences, n_new, len(heads), view.v_dim)
-            own = query.new_empty(shape).transpose(1, 2), lse.new_empty(shape[0], shape[2], shape[1])
-            chosen = table if table is None or table.shape[1] == 1 else table[:, heads]
-            self._run_part(query[:, heads], part, view, options, chosen, kind, group, *own, heads=heads)
-            out[:, heads], lse[:, heads] = own
-        return out, lse
 
-    def _run_part(
-        self,
-        query: Tensor,
-        part: KVPart,
-        view: KVView,
-        options: AttentionOptions,
-        table: Tensor | None,
-        kind: int,
-        group: int,
-        out: Tensor,
-        lse: Tensor,
-        heads: Tensor | None = None,
-    ) -> None:
-        part.arena.check_version(part.plan)
-        # What the kernel has the addresses of is held until it returns: other threads run meanwhile.
-        if table is None and options.sinks is None:
-            step, _held = self._plain_step(part, view, options, group, query.dtype)
-        else:
-            sinks = options.sinks if options.sinks is None or heads is None else options.sinks[heads]
-            sinks = None if sinks is None else sinks.float().resolve_neg().contiguous()
-            step, _held = self._make_step(part, view, options, group, query.dtype, sinks)
-            _set_mask(step, table, kind, options.mask_offset)
-        addresses, _slabs = part.arena.addresses(part.member)
-        step.run(
-            addresses.data_ptr(),
-            query.data_ptr(),
-            query.stride()[:3],
-            out.data_ptr(),
-            out.stride()[:3],
-            lse.data_ptr(),
-        )
+    def _plain_call(self, query: Tensor, part: KVPart, view: KVView, options: AttentionOptions) -> _Call:
+        """A call without mask or sinks: the one of the layer before, where it was the same but for its memory.
 
-    def _plain_step(
-        self, part: KVPart, view: KVView, options: AttentionOptions, group: int, dtype: torch.dtype
-    ) -> _Step:
-        """A call without mask or sinks: the one of the layer before, where it was the same but for its memory."""
+        Then nothing is checked again. Between two layers other data fill the processor's caches, so that every object
+        that is looked at costs a wait for memory: all checks together took as long as half a thousand rows.
+        """
         member = part.arena.spec.members[part.member]
         facts = (
-            *(member.heads, member.k_layout, member.v_layout, part.retention),
-            *(options.scale, options.softcap, options.causal, view.seen_tokens, view.n_new),
-            *(group, dtype, torch.get_num_threads()),
+            *(member.heads, member.k_layout, member.v_layout, part.retention, options.scale, options.softcap),
+            *(options.causal, view.seen_tokens, view.n_new, view.n_sequences, view.k_dim, view.v_dim),
+            *(query.shape, query.dtype, query.is_cpu, torch.get_num_threads()),
         )
-        last = self._last  # a tuple that nobody changes, so that threads may share it
+        last = self._last  # which nobody changes, so that threads may share it
         if last is None or last[0] is not part.plan or last[1] != facts:
-            last = part.plan, facts, self._make_step(part, view, options, group, dtype)
-            self._last = last
+            self._check(query, view, options)
+            last = self._last = part.plan, facts, self._new_call(query, part, view, options, None)
         return last[2]
 
-    def _make_step(
-        self,
-        part: KVPart,
-        view: KVView,
-        options: AttentionOptions,
-        group: int,
-        dtype: torch.dtype,
-        sinks: Tensor | None = None,
-    ) -> _Step:
+    def _new_call(
+        self, query: Tensor, part: KVPart, view: KVView, options: AttentionOptions, sinks: Tensor | None
+    ) -> _Call:
         """A call, but for where its numbers lie and its mask."""
         step, plan, arena = self._kernels.Step(self.isa), part.plan, part.arena
         member = arena.spec.members[part.member]
         table, positions = plan.table, None if plan.is_one_run else plan.row_positions
         first = (plan.runs[0][0] if plan.runs else 0) - plan.skip
         retention = part.retention
+        sinks = None if sinks is None else sinks.float().resolve_neg().contiguous()
         step.set_pages(table.data_ptr(), table.stride(0), plan.n_sequences, len(member.heads), plan.block_tokens)
         step.set_member(
             member.nbytes,
@@ -209,8 +179,49 @@ class CpuBackend(AttentionBackend):
         ]
         counts, skips, firsts, queries = (numbers.buffer_info()[0] for numbers in each)
         step.set_rows(counts, skips, firsts, 0 if positions is None else positions.data_ptr(), queries)
-        step.set_queries(group, view.n_new, NUMBER_TYPES[dtype], torch.get_num_threads(), PREFILL_QUERIES)
-        return step, (table, positions, sinks, *each)
+        group = query.shape[1] // view.n_kv_heads
+        step.set_queries(group, view.n_new, NUMBER_TYPES[query.dtype], torch.get_num_threads(), PREFILL_QUERIES)
+        return _Call(step, (table, positions, sinks, *each))
+
+
+class _Call:
+    """A call of a kernel, with what it has the addresses of: that is held while other threads run."""
+
+    def __init__(self, step: Any, held: tuple[object, ...]) -> None:
+        self._step = step
+        self._held = held
+
+    def set_mask(self, table: Tensor | None, kind: int, offset: int) -> None:
+        """With dense columns, as the kernel reads it."""
+        if table is None:
+            return
+        if table.dtype != (torch.bool if kind == MASK_BOOL else torch.float32):
+            raise InvariantError(f"a mask of kind {kind} came to the kernels as {table.dtype}")
+        strides = [stride if size > 1 else 0 for stride, size in zip(table.stride()[:3], table.shape[:3], strict=True)]
+        self._step.set_mask(table.data_ptr(), *strides, kind, offset)
+        self._held = (*self._held, table)
+
+    def run(self, part: KVPart, query: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Attend, from a query with dense numbers."""
+        part.arena.check_version(part.plan)
+        addresses, _slabs = part.arena.addresses(part.member)
+        self._step.run(
+            addresses.data_ptr(),
+            query.data_ptr(),
+            query.stride()[:3],
+            out.data_ptr(),
+            out.stride()[:3],
+            lse.data_ptr(),
+        )
+
+
+def _operands(query: Tensor, view: KVView) -> tuple[Tensor, Tensor, Tensor]:
+    """The query with dense numbers, and room for the output and its log-sum-exp."""
+    n_sequences, n_query_heads, n_new, _ = query.shape
+    query = query.resolve_neg()
+    query = query if query.stride(3) == 1 else query.contiguous()
+    out = query.new_empty((n_sequences, n_new, n_query_heads, view.v_dim)).transpose(1, 2)
+    return query, out, query.new_empty((n_sequences, n_query_heads, n_new), dtype=torch.float32)
 
 
 def _added(options: AttentionOptions) -> tuple[Tensor | None, int]:
@@ -241,13 +252,3 @@ def _hiding(mask: Tensor, added: Tensor | float = 0.0) -> Tensor:
 def _dense(table: Tensor) -> Tensor:
     table = table.resolve_neg()
     return table if table.stride(3) == 1 or table.shape[3] == 1 else table.contiguous()
-
-
-def _set_mask(step: Any, table: Tensor | None, kind: int, offset: int) -> None:
-    if table is None:
-        step.set_mask(0, 0, 0, 0, 0, 0)
-        return
-    if table.dtype != (torch.bool if kind == MASK_BOOL else torch.float32):
-        raise InvariantError(f"a mask of kind {kind} came to the kernels as {table.dtype}")
-    strides = [stride if size > 1 else 0 for stride, size in zip(table.stride()[:3], table.shape[:3], strict=True)]
-    step.set_mask(table.data_ptr(), *strides, kind, offset)
