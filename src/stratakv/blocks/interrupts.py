@@ -42,19 +42,20 @@ def _hold() -> bool:
     if threading.get_ident() != threading.main_thread().ident:
         return False
     handler = signal.getsignal(signal.SIGINT)
+    if handler is _remember and _is_in_verb(sys._getframe(2)):
+        return False
+    if _came and not _is_in_verb(sys._getframe(2)):  # while it was delivered, another one was, too
+        _came.clear()
     if handler is _remember:
-        if _is_in_verb(sys._getframe(2)):
-            return False
-    elif callable(handler):
+        return True
+    if callable(handler):
         _handler = handler
         try:
             signal.signal(signal.SIGINT, _remember)
         except ValueError:  # the interpreter's main thread is not the one that `threading` takes for it
             return False
-    else:
-        return False  # nothing of Python's would be raised
-    _came.clear()
-    return True
+        return True
+    return False  # nothing of Python's would be raised
 
 
 def _deliver() -> None:
@@ -85,7 +86,7 @@ def _remember(number: int, frame: FrameType | None) -> None:
 
 def _is_in_verb(frame: FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_globals is globals():
+        if frame.f_globals is globals() and frame.f_code is not _remember.__code__:
             return True
         frame = frame.f_back
     return False

@@ -166,9 +166,10 @@ def _check_names(module: ModuleType) -> None:
 def _decorated(function: Any) -> Any:
     """The function that the package `kernels` made a module of, which calls it; any other one is itself."""
     kind = type(function)
-    if kind.__module__ != "kernels.layer.layer" or "forward" in vars(function):
+    forward = inspect.getattr_static(kind, "forward", None)
+    if kind.__module__ != "kernels.layer.layer" or "forward" in vars(function) or not isinstance(forward, FunctionType):
         return function
-    return inspect.getclosurevars(kind.forward).nonlocals.get("func", function)
+    return inspect.getclosurevars(forward).nonlocals.get("func", function)
 
 
 def _foreign(function: Any) -> str | None:

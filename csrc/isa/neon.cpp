@@ -1,0 +1,9 @@
+#define STRATAKV_ISA neon
+#include "isa/vec_neon.h"
+#include "isa/table.inl"
+
+namespace stratakv::STRATAKV_ISA {
+
+bool is_supported() { return true; }
+
+}  // namespace stratakv::STRATAKV_ISA

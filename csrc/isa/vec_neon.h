@@ -1,0 +1,76 @@
+// Four floats in a NEON register, which every 64-bit ARM processor has.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <cstring>
+
+#include "numbers.h"
+
+namespace stratakv::STRATAKV_ISA {
+
+struct Vec {
+  static constexpr int kWidth = 4;
+  static constexpr int kRegisters = 32;
+  float32x4_t v;
+
+  static Vec zero() { return {vdupq_n_f32(0.0f)}; }
+  static Vec all(float x) { return {vdupq_n_f32(x)}; }
+  static Vec load(const float* p) { return {vld1q_f32(p)}; }
+  static Vec load(const Half* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)))}; }
+  static Vec load(const BFloat* p) { return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16))}; }
+  template <typename T>
+  static Vec load_some(const T* p, int n) {  // the rest are zeros
+    T padded[kWidth] = {};
+    std::memcpy(padded, p, n * sizeof(T));
+    return load(padded);
+  }
+  void store(float* p) const { vst1q_f32(p, v); }
+  void store(Half* p) const { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+  void store(BFloat* p) const {
+    const uint32x4_t bits = vreinterpretq_u32_f32(v);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vshrq_n_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF))), 16);
+    vst1_u16(&p->bits, vmovn_u32(vbslq_u32(vceqq_f32(v, v), rounded, vdupq_n_u32(0x7FC0))));
+  }
+  template <typename T>
+  void store_some(T* p, int n) const {
+    T padded[kWidth];
+    store(padded);
+    std::memcpy(p, padded, n * sizeof(T));
+  }
+
+  static Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+  // The second where either is no number, as elsewhere; vmaxq_f32 would give none.
+  static Vec max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
+  friend Vec operator+(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
+  friend Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
+  friend Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
+
+  float sum() const { return vaddvq_f32(v); }
+  float largest() const { return vmaxnmvq_f32(v); }
+  static void store_sums(Vec a, Vec b, Vec c, Vec d, float* p) {
+    vst1q_f32(p, vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v)));
+  }
+
+  // Rows become columns: kWidth of them.
+  static void transpose(Vec* x) {
+    const float32x4x2_t upper = vtrnq_f32(x[0].v, x[1].v), lower = vtrnq_f32(x[2].v, x[3].v);
+    x[0].v = vcombine_f32(vget_low_f32(upper.val[0]), vget_low_f32(lower.val[0]));
+    x[1].v = vcombine_f32(vget_low_f32(upper.val[1]), vget_low_f32(lower.val[1]));
+    x[2].v = vcombine_f32(vget_high_f32(upper.val[0]), vget_high_f32(lower.val[0]));
+    x[3].v = vcombine_f32(vget_high_f32(upper.val[1]), vget_high_f32(lower.val[1]));
+  }
+
+  static Vec zero_where_less(Vec a, Vec b, Vec value) {
+    return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(value.v), vcltq_f32(a.v, b.v)))};
+  }
+  static Vec round(Vec a) { return {vrndnq_f32(a.v)}; }
+  // 2^n for whole n in [-126, 127].
+  static Vec power_of_two(Vec n) {
+    return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.v), vdupq_n_s32(127)), 23))};
+  }
+};
+
+}  // namespace stratakv::STRATAKV_ISA
