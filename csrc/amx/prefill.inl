@@ -25,8 +25,11 @@ constexpr int kTiledUnitQueries = 384;
 // Rows of a tile of the cache.
 constexpr int kTiledTileRows = 192;
 
-// e^(x - base), 0 for -inf.
-inline Vec weight_of(Vec x, Vec base) { return exponential_2(((x - base) * Vec::all(kLog2E)).v); }
+// e^(x - base), 0 for -inf; for weights in one part as exactly as that needs.
+template <int kOf>
+inline Vec weight_of(Vec x, Vec base) {
+  return exponential_2<kOf == 1>(((x - base) * Vec::all(kLog2E)).v);
+}
 
 // Whether a call has neither masks nor slopes, which differ between queries and rows: the kernel of plain registers has them.
 inline bool is_for_tiles(const AttentionArguments& a) {
@@ -223,7 +226,7 @@ class TiledPrefilling {
     for (int r = span.from; r < whole; r += kDeep, to += kOf * kTileNumbers) {
       for (int i = 0; i < kTile; ++i) {
         const float* const at = scores + (r + 2 * i) * std::ptrdiff_t{kTile};
-        const Vec first = weight_of(Vec::load(at), base), second = weight_of(Vec::load(at + kTile), base);
+        const Vec first = weight_of<kOf>(Vec::load(at), base), second = weight_of<kOf>(Vec::load(at + kTile), base);
         added[0] = added[0] + first;
         added[1] = added[1] + second;
         store_pair(first.v, second.v, to + i * kDeep);
