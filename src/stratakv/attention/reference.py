@@ -33,6 +33,10 @@ class ReferenceBackend(AttentionBackend):
     def run(self, query: Tensor, view: KVView, options: AttentionOptions) -> tuple[Tensor, Tensor]:
         """Attend part by part: the heads of a part hold the same rows."""
         check_call(query, view, options)
+        with torch.autocast(query.device.type, enabled=False):  # sums stay in fp32
+            return self._run(query, view, options)
+
+    def _run(self, query: Tensor, view: KVView, options: AttentionOptions) -> tuple[Tensor, Tensor]:
         n_sequences, n_query_heads, n_new, _ = query.shape
         group = n_query_heads // view.n_kv_heads
         compute = torch.float64 if query.dtype == torch.float64 else torch.float32

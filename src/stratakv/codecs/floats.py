@@ -27,7 +27,10 @@ class FloatCodec(Codec):
     def encode(self, layout: PageLayout, pages: Tensor, block: Tensor, row: Tensor, values: Tensor) -> None:
         """Convert and scatter the rows."""
         numbers = self._numbers(layout, pages)  # [n_blocks, n_heads, block_tokens, head_dim]
-        numbers[block, :, row] = self._converted(values)
+        if len(block) == 1:  # a step's one row, for which tensors of indices are a detour
+            numbers[int(block), :, int(row)] = self._converted(values)[0]
+        else:
+            numbers[block, :, row] = self._converted(values)
 
     def decode(self, layout: PageLayout, pages: Tensor, out: Tensor) -> None:
         """Copy and convert whole pages."""

@@ -75,8 +75,7 @@ def attention_forward(
             raise UnsupportedError("attention dropout is for training; call model.eval() before using a cache")
         at_view = replace(options, mask_offset=_mask_offset(ticket, key.shape[2], attention_mask))
         _check_sinks(ticket.view, at_view)
-        with torch.autocast(query.device.type, enabled=False):  # sums stay in fp32
-            out, _ = backend_for(ticket.view, at_view, query.dtype).run(query, ticket.view, at_view)
+        out, _ = backend_for(ticket.view, at_view, query.dtype).run(query, ticket.view, at_view)
         if query.requires_grad:
             out = without_gradients(out.detach(), "attention over stored keys and values", query)
     elif dropout == 0 and (options.softcap is not None or options.sinks is not None):

@@ -325,9 +325,9 @@ class KVCache(CacheState):
                 )
         self.dtypes.setdefault(layer.index, keys.dtype)
         known = self.spec.layers_by_index[layer.index]
-        shown = LayerSpec(layer.index, keys.shape[1], keys.shape[3], values.shape[3], known.window)
-        if shown != known:
-            self.batch.respec_layer(shown)
+        shown = keys.shape[1], keys.shape[3], values.shape[3]
+        if shown != (known.n_kv_heads, known.k_dim, known.v_dim):
+            self.batch.respec_layer(LayerSpec(layer.index, *shown, known.window))
 
     def _first_kv_layer(self) -> KVLayer:
         return next(layer for layer in self.layers if isinstance(layer, KVLayer))
