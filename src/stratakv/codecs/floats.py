@@ -28,7 +28,7 @@ class FloatCodec(Codec):
         """Convert and scatter the rows."""
         numbers = self._numbers(layout, pages)  # [n_blocks, n_heads, block_tokens, head_dim]
         if len(block) == 1:  # a step's one row, for which tensors of indices are a detour
-            numbers[int(block), :, int(row)] = self._converted(values)[0]
+            numbers[int(block), :, int(row)] = self._converted(values).squeeze(0)
         else:
             numbers[block, :, row] = self._converted(values)
 
