@@ -1,12 +1,26 @@
-"""Sizes as people write them."""
+"""Sizes and numbers as people write them."""
 
 from __future__ import annotations
 
+import operator
 import re
+from typing import Any
 
 from stratakv.errors import ConfigurationError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def whole(name: str, number: Any) -> int:
+    """A whole number as int: also one of numpy's, or a tensor of one, wherever it lies.
+
+    Raises:
+        ConfigurationError: anything else; `name` says what it was for.
+    """
+    try:
+        return operator.index(number)
+    except TypeError as error:
+        raise ConfigurationError(f"{name} must be a whole number, got {number!r}") from error
 
 
 def parse_bytes(size: int | str) -> int:

@@ -1,13 +1,15 @@
-"""Sizes as people write them."""
+"""Sizes and numbers as people write them."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stratakv.errors import ConfigurationError
-from stratakv.units import format_bytes, parse_bytes
+from stratakv.units import format_bytes, parse_bytes, whole
 
 
 @pytest.mark.parametrize(
@@ -58,3 +60,16 @@ def test_a_size_is_written(n_bytes: int, text: str) -> None:
 @given(st.integers(1, 2**50))
 def test_what_is_written_is_read_again_within_three_digits(n_bytes: int) -> None:
     assert abs(parse_bytes(format_bytes(n_bytes)) - n_bytes) <= n_bytes * 0.006
+
+
+@pytest.mark.parametrize("number", [3, np.int64(3), torch.tensor(3), torch.tensor([3])])
+def test_a_whole_number_is_an_int(number: object) -> None:
+    found = whole("tokens", number)
+    assert type(found) is int
+    assert found == 3
+
+
+@pytest.mark.parametrize("number", [3.0, "3", None, torch.tensor(3.0), torch.tensor([3, 4]), [3]])
+def test_what_is_no_whole_number_is_refused(number: object) -> None:
+    with pytest.raises(ConfigurationError, match="tokens must be a whole number, got"):
+        whole("tokens", number)

@@ -16,6 +16,7 @@ from stratakv.errors import CapacityError, ConfigurationError, StateError, Unsup
 from stratakv.plan import KeepPlan, ReadPlan
 from stratakv.policies import RetentionPolicy, Window
 from stratakv.spec import LayerSpec
+from stratakv.units import whole
 
 
 class Checkpoint:
@@ -218,6 +219,7 @@ class SequenceBatch:
         Raises:
             StateError: the result would not be exact. Nothing was changed, the incomplete step apart.
         """
+        n_tokens = whole("the number of tokens to keep", n_tokens)
         if self._step is not None:
             self.abort()
         if not 0 <= n_tokens <= self.seen_tokens:

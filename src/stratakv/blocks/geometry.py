@@ -9,6 +9,7 @@ from stratakv.codecs import Codec, get_codec
 from stratakv.errors import ConfigurationError
 from stratakv.policies import RetentionPolicy
 from stratakv.spec import CacheSpec, GroupSpec, LayerSpec, Member, Retention
+from stratakv.units import whole
 
 LAYOUTS = ("paged", "contiguous", "growing")
 INITIAL_GROWING_TOKENS = 64
@@ -34,6 +35,8 @@ def build_spec(
     """
     if layout not in LAYOUTS:
         raise ConfigurationError(f"unknown layout {layout!r}; accepted are {', '.join(LAYOUTS)}")
+    block_tokens = whole("block_tokens", block_tokens)
+    capacity = None if capacity is None else whole("capacity", capacity)
     if block_tokens < 1:
         raise ConfigurationError(f"block_tokens must be at least 1, got {block_tokens}")
     if (capacity is None) == (layout == "contiguous") or (capacity is not None and capacity < 1):

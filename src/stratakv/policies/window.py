@@ -14,6 +14,7 @@ from stratakv.plan import KeepPlan, Run, clip_runs
 from stratakv.policies.base import RetentionPolicy
 from stratakv.policies.whole_blocks import whole_blocks
 from stratakv.spec import Retention
+from stratakv.units import whole
 
 
 class Window(RetentionPolicy):
@@ -30,9 +31,13 @@ class Window(RetentionPolicy):
     name = "window"
 
     def __init__(self, size: int | Sequence[int], sinks: int = 0) -> None:
-        self.sizes = (size,) if isinstance(size, int) else tuple(size)
-        self.sinks = sinks
-        if not self.sizes or min(self.sizes) < 1 or sinks < 0:
+        try:
+            sizes = list(size)  # type: ignore[arg-type]  # a number is what raises
+        except TypeError:
+            sizes = [size]  # type: ignore[list-item]
+        self.sizes = tuple(whole("the size of a window", each) for each in sizes)
+        self.sinks = whole("sinks", sinks)
+        if not self.sizes or min(self.sizes) < 1 or self.sinks < 0:
             raise ConfigurationError(f"a window needs sizes of at least 1 and sinks of at least 0, got {size}, {sinks}")
 
     def retention(self, layer: int, head: int) -> Retention:

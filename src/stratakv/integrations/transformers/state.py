@@ -27,6 +27,7 @@ from stratakv.integrations.transformers.layers import HybridLayer, KVLayer
 from stratakv.integrations.transformers.tickets import Epoch
 from stratakv.plan import KeepPlan
 from stratakv.spec import CacheSpec
+from stratakv.units import whole
 
 ATTENTION_NAME = "stratakv"
 """The name under which our attention and mask functions are registered with transformers."""
@@ -154,6 +155,7 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
         Raises:
             StateError: rows that a run of that length would still see are gone, or a recurrent state cannot go back.
         """
+        n_tokens = whole("the number of tokens to keep", n_tokens)
         n_remove = self.batch.seen_tokens - n_tokens
         self._fed.check(self.batch.seen_tokens)
         if n_remove > 0:
@@ -179,6 +181,7 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
             ConfigurationError: a positive k in a version where that is an error.
             StateError: as `truncate`.
         """
+        tokens = whole("tokens", tokens)  # assisted decoding counts them on the model's device
         if tokens > 0 and not positive_crop_keeps:
             raise ConfigurationError(
                 f"crop takes 0 or -k to remove k tokens, got {tokens}; use truncate({tokens}) to keep"
@@ -301,7 +304,7 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
             ConfigurationError: there is no such sequence. StateError: the last forward stopped half way.
         """
         self.batch.check_between_steps()
-        chosen = torch.as_tensor(indices)
+        chosen = torch.as_tensor(indices, device="cpu")
         chosen = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen.flatten()
         n = len(self.batch.sequences)
         if n and len(chosen) and not (-n <= int(chosen.min()) and int(chosen.max()) < n):
@@ -315,11 +318,12 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
         Raises:
             ConfigurationError: `repeats` is below 1.
         """
+        repeats = whole("repeats", repeats)
         if repeats < 1:
             raise ConfigurationError(f"repeats must be at least 1, got {repeats}")
         n = len(self.batch.sequences)
         if n:
-            self.batch_select_indices(torch.arange(n).repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(n, device="cpu").repeat_interleave(repeats))
 
     def _state(self, verb: str, layer: int, state: int, *tensors: Tensor, **kwargs: Any) -> Any:
         if states_go_through_cache:
