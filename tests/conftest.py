@@ -9,6 +9,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from pathlib import Path
 
 import pytest
+import torch
+
+if "STRATAKV_TEST_DEVICE" in os.environ:  # such as "cuda": where tests make models and tensors
+    torch.set_default_device(os.environ["STRATAKV_TEST_DEVICE"])
 
 
 @pytest.fixture(scope="session")

@@ -159,9 +159,9 @@ class WritePlan:
     @cached_property
     def places(self) -> tuple[Places, ...]:
         """Where each row goes, slab by slab; the rows of a sequence follow one another."""
-        rows = torch.arange(self.row, self.row + self.n_tokens)
+        rows = torch.arange(self.row, self.row + self.n_tokens, device="cpu")
         at, row = rows // self.block_tokens - self.row // self.block_tokens, rows % self.block_tokens
-        tables = torch.tensor(self.tables)  # [n_sequences, n_blocks, 2]
+        tables = torch.tensor(self.tables, device="cpu")  # [n_sequences, n_blocks, 2]
         slab, block = tables[:, at, 0].flatten(), tables[:, at, 1].flatten()
         row = row.repeat(len(self.tables))
         slabs = slab.unique().tolist()

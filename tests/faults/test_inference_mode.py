@@ -15,6 +15,7 @@ from stratakv.blocks.view import KVView
 from stratakv.plan import KeepPlan
 from stratakv.policies import Window
 from stratakv.spec import LayerSpec
+from stratakv.testing.views import drawn
 
 LAYER = LayerSpec(0, 2, 8, 8)
 SEEN = 301
@@ -23,8 +24,8 @@ SEEN = 301
 def filled(policy: Window | None = None) -> tuple[SequenceBatch, Tensor]:
     """Two sequences of SEEN tokens, whose rows were written in inference mode, and the keys of them all."""
     spec = build_spec([LAYER], k_format="fp32", v_format="fp32", block_tokens=4, policy=policy)
-    batch = SequenceBatch(Memory(spec, device=torch.device("cpu"), poison=True), policy)
-    rows = torch.randn(2, 2, SEEN, 8, generator=torch.Generator().manual_seed(0))
+    batch = SequenceBatch(Memory(spec, device=torch.get_default_device(), poison=True), policy)
+    rows = drawn(2, 2, SEEN, 8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         add(batch, rows)
     return batch, rows
@@ -96,7 +97,8 @@ def test_rows_that_cannot_move_leave_everything_as_it_was(monkeypatch: pytest.Mo
 
 
 def test_a_first_step_that_is_undone_leaves_no_sequences() -> None:
-    batch = SequenceBatch(Memory(build_spec([LAYER], k_format="fp32", v_format="fp32"), device=torch.device("cpu")))
+    spec = build_spec([LAYER], k_format="fp32", v_format="fp32")
+    batch = SequenceBatch(Memory(spec, device=torch.get_default_device()))
     batch.begin(2, 5)
     batch.abort()
     assert not batch.sequences

@@ -36,7 +36,7 @@ def grown(layout: str, n_tokens: int, chunk: int) -> tuple[Memory, list[int]]:
     layers = [LayerSpec(i, 2, 8, 8) for i in range(2)]
     capacity = n_tokens if layout == "contiguous" else None
     spec = build_spec(layers, k_format="fp32", v_format="fp32", layout=layout, block_tokens=16, capacity=capacity)
-    memory = Memory(spec, device=torch.device("cpu"))
+    memory = Memory(spec, device=torch.get_default_device())
     batch = SequenceBatch(memory)
     held = []
     rows = torch.arange(n_tokens, dtype=torch.float32)[None, None, :, None].expand(2, 2, n_tokens, 8)
@@ -90,7 +90,7 @@ def test_memory_that_the_system_refuses_changes_nothing(
     spec = build_spec([LayerSpec(0, 8, 64, 64)], k_format="fp32", v_format="fp32", layout=layout, capacity=capacity)
     memory = Memory(spec, device=torch.device("cpu"))
     batch = SequenceBatch(memory)
-    rows = torch.ones(1, 8, 7, 64)
+    rows = torch.ones(1, 8, 7, 64, device="cpu")
     if capacity is None:
         batch.begin(1, 7)
         batch.write(0, rows, rows)
@@ -112,6 +112,17 @@ def test_memory_that_the_system_refuses_changes_nothing(
     batch.begin(1, 7)
     batch.write(0, rows, rows)
     memory.check()
+
+
+def test_memory_that_the_device_does_not_have_is_a_capacity_error() -> None:
+    spec = build_spec(
+        [LayerSpec(0, 8, 64, 64)], k_format="fp32", v_format="fp32", layout="contiguous", capacity=1 << 40
+    )
+    batch = SequenceBatch(Memory(spec, device=torch.get_default_device()))
+    with pytest.raises(CapacityError, match="nothing was changed"):
+        batch.begin(1, 7)
+    batch.memory.check()
+    assert batch.memory.nbytes == 0
 
 
 # 42. One context, several continuations

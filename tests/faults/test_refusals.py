@@ -273,7 +273,7 @@ def test_other_heads_are_refused_while_a_fork_holds_rows() -> None:
 @pytest.mark.parametrize("verb", ["settle", "check"])
 def test_garbage_may_be_collected_at_any_moment(after: int, verb: str) -> None:
     spec = build_spec([LayerSpec(0, 1, 2, 2)], k_format="fp32", v_format="fp32", block_tokens=1)
-    memory = Memory(spec, device=torch.device("cpu"))
+    memory = Memory(spec, device=torch.get_default_device())
     batches: list[Any] = [SequenceBatch(memory) for _ in range(3)]
     rows = torch.randn(1, 1, 40, 2)
     for batch in batches:

@@ -157,7 +157,7 @@ def test_a_step_that_the_system_has_no_memory_for_evicts_nothing(monkeypatch: py
 def test_beams_that_fit_once_their_windows_moved_are_not_refused(evicts_first: bool) -> None:
     policy = Window(3)
     spec = build_spec([LayerSpec(0, 1, 4, 4)], k_format="fp32", v_format="fp32", block_tokens=4, policy=policy)
-    batch = SequenceBatch(Memory(spec, device=torch.device("cpu")), policy)
+    batch = SequenceBatch(Memory(spec, device=torch.get_default_device()), policy)
     rows = torch.randn(3, 1, 9, 4)
     batch.begin(1, 9)
     batch.write(0, rows[:1], rows[:1])
@@ -201,7 +201,7 @@ def test_a_compaction_that_does_not_fit_changes_nothing() -> None:
 def test_a_view_from_before_blocks_moved_is_refused() -> None:
     layers = [LayerSpec(0, 1, 4, 4)]
     spec = build_spec(layers, k_format="fp32", v_format="fp32", layout="paged", block_tokens=2)
-    memory = Memory(spec, device=torch.device("cpu"))
+    memory = Memory(spec, device=torch.get_default_device())
     first, second = SequenceBatch(memory), SequenceBatch(memory)
     rows = torch.randn(1, 1, 160, 4)
     for batch in (first, second):
@@ -219,7 +219,7 @@ def test_a_view_from_before_blocks_moved_is_refused() -> None:
 def test_a_step_that_failed_after_its_evictions_leaves_no_view_of_what_left(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [LayerSpec(0, 1, 1, 1, 2), LayerSpec(1, 1, 1, 1)]
     spec = build_spec(layers, k_format="fp32", v_format="fp32", block_tokens=2)
-    batch = SequenceBatch(Memory(spec, device=torch.device("cpu"), poison=True))
+    batch = SequenceBatch(Memory(spec, device=torch.get_default_device(), poison=True))
     rows = torch.arange(1.0, 8.0).view(1, 1, 7, 1)
     batch.begin(1, 7)
     for layer in (0, 1):
@@ -250,7 +250,7 @@ def test_capacity_does_not_count_what_leaves(way: str, block_tokens: int) -> Non
 def test_a_layer_of_another_shape_that_there_is_no_memory_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [LayerSpec(0, 1, 2, 2), LayerSpec(1, 1, 2, 2)]
     spec = build_spec(layers, k_format="fp32", v_format="fp32", block_tokens=4)
-    batch = SequenceBatch(Memory(spec, device=torch.device("cpu")))
+    batch = SequenceBatch(Memory(spec, device=torch.get_default_device()))
     batch.begin(1, 3)
 
     def refuse(*args: Any) -> Any:

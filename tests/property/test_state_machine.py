@@ -129,7 +129,7 @@ class CacheMachine(RuleBasedStateMachine):
         max_bytes = None
         if budget:
             max_bytes = 5 * sum(g.bytes_per_block * max(1, 12 // g.block_tokens) for g in spec.groups)
-        self.memory = Memory(spec, device=torch.device("cpu"), max_bytes=max_bytes, poison=True)
+        self.memory = Memory(spec, device=torch.get_default_device(), max_bytes=max_bytes, poison=True)
         self.live = [Live(SequenceBatch(self.memory, self.policy), Expected())]
 
     def pick(self, data: st.DataObject) -> Live:

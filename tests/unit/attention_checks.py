@@ -10,12 +10,13 @@ from torch import Tensor
 
 from stratakv.attention import AttentionOptions, CpuBackend, ReferenceBackend
 from stratakv.blocks.view import KVView
+from stratakv.testing.views import drawn
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def queries(n_sequences: int, n_heads: int, n_new: int, dim: int, seed: int = 5) -> Tensor:
-    return torch.randn(n_sequences, n_heads, n_new, dim, generator=torch.Generator().manual_seed(seed))
+    return drawn(n_sequences, n_heads, n_new, dim, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_right(isa: str, view: KVView, query: Tensor, options: AttentionOptions, tolerance: float = 3e-6) -> None:

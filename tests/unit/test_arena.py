@@ -12,6 +12,7 @@ from stratakv.codecs import get_codec
 from stratakv.errors import InvariantError
 from stratakv.plan import BlockTable, ReadPlan, WritePlan
 from stratakv.spec import LayerSpec
+from stratakv.testing.views import drawn
 
 SPAN = 4
 LAYERS = [LayerSpec(0, 2, 8, 4), LayerSpec(1, 3, 5, 16)]
@@ -19,7 +20,7 @@ LAYERS = [LayerSpec(0, 2, 8, 4), LayerSpec(1, 3, 5, 16)]
 
 def arena_of(*slabs: int, name: str = "fp32", span: int = SPAN) -> Arena:
     spec = build_spec(LAYERS, k_format=name, v_format=name, block_tokens=span)
-    arena = Arena(spec.groups[0], get_codec(name), get_codec(name), torch.device("cpu"))
+    arena = Arena(spec.groups[0], get_codec(name), get_codec(name), torch.get_default_device())
     for n_blocks in slabs:
         arena.extend(arena.new_slabs(n_blocks, arena.spec))
     return arena
@@ -29,7 +30,7 @@ def rows(member: int, n_sequences: int, n_rows: int, seed: int = 0) -> tuple[Ten
     layer = LAYERS[member]
     generator = torch.Generator().manual_seed(seed + member)
     shape = (n_sequences, layer.n_kv_heads, n_rows)
-    return torch.randn(*shape, layer.k_dim, generator=generator), torch.randn(*shape, layer.v_dim, generator=generator)
+    return drawn(*shape, layer.k_dim, generator=generator), drawn(*shape, layer.v_dim, generator=generator)
 
 
 def first_rows(member: int, n_rows: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from stratakv.codecs import Codec, codec_names, get_codec, register_codec
 from stratakv.codecs.floats import Float32
 from stratakv.errors import ConfigurationError
+from stratakv.testing.views import drawn
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 every_format = pytest.mark.parametrize("name", TORCH_DTYPES)
@@ -45,13 +46,13 @@ def row(*numbers: float, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("head_dim", [1, 7, 64])
 def test_numbers_of_the_formats_own_dtype_come_back_exactly(name: str, block_tokens: int, head_dim: int) -> None:
     dtype = TORCH_DTYPES[name]
-    values = torch.randn(11, 3, head_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values = drawn(11, 3, head_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert torch.equal(round_trip(get_codec(name), values, dtype, block_tokens), values)
 
 
 @every_format
 def test_other_dtypes_are_rounded_to_nearest(name: str) -> None:
-    values = torch.randn(50, 2, 8, generator=torch.Generator().manual_seed(1)) * 100
+    values = drawn(50, 2, 8, generator=torch.Generator().manual_seed(1)) * 100
     expected = values.to(TORCH_DTYPES[name]).float()
     assert torch.equal(round_trip(get_codec(name), values, torch.float32), expected)
     assert torch.equal(get_codec(name).rounded(values), expected)
@@ -103,7 +104,7 @@ def test_small_numbers_keep_their_sign_and_do_not_grow(name: str) -> None:
 def test_bytes_do_not_depend_on_how_rows_were_fed(
     name: str, chunks: list[int], block_tokens: int, head_dim: int, seed: int
 ) -> None:
-    values = torch.randn(sum(chunks), 2, head_dim, generator=torch.Generator().manual_seed(seed)) * 1e4
+    values = drawn(sum(chunks), 2, head_dim, generator=torch.Generator().manual_seed(seed)) * 1e4
     codec = get_codec(name)
     assert torch.equal(stored(codec, values, block_tokens, chunks), stored(codec, values, block_tokens))
 
@@ -139,7 +140,7 @@ def test_only_the_rows_that_are_named_are_written(name: str) -> None:
 @pytest.mark.parametrize("n_rows", [0, 1, 3])
 def test_scrubbing_clears_everything_from_a_row_on(name: str, n_rows: int) -> None:
     codec = get_codec(name)
-    values = torch.randn(4, 2, 8, generator=torch.Generator().manual_seed(2))
+    values = drawn(4, 2, 8, generator=torch.Generator().manual_seed(2))
     layout, pages = codec.layout(8, 4), stored(codec, values)
     codec.scrub(layout, pages, n_rows)
     assert torch.equal(pages, torch.cat([stored(codec, values[:n_rows])]) if n_rows else torch.zeros_like(pages))

@@ -26,7 +26,7 @@ from stratakv.blocks.view import KVPart, KVView
 from stratakv.errors import ConfigurationError
 from stratakv.policies import Window
 from stratakv.spec import Retention
-from stratakv.testing.views import make_view
+from stratakv.testing.views import drawn, make_view
 
 SCALE = 0.37
 HIDDEN = torch.finfo(torch.float32).min
@@ -102,7 +102,7 @@ def entry(table: Tensor, b: int, h: int, i: int, column: int) -> Tensor:
 
 def queries(view: KVView, n_query_heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(5)
-    return torch.randn(view.n_sequences, n_query_heads, view.n_new, view.k_dim, generator=generator).to(dtype)
+    return drawn(view.n_sequences, n_query_heads, view.n_new, view.k_dim, generator=generator).to(dtype)
 
 
 def assert_right(query: Tensor, view: KVView, options: AttentionOptions, tolerance: float = 2e-6) -> None:
@@ -114,7 +114,7 @@ def assert_right(query: Tensor, view: KVView, options: AttentionOptions, toleran
 
 
 def table(*shape: int, seed: int = 6) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return drawn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(("n_query_heads", "n_kv_heads"), [(4, 4), (4, 2), (6, 2), (4, 1), (1, 1)])

@@ -123,7 +123,7 @@ class Arena:
                 self.k_codec.move(old.k_layout, _k_pages(source, old), new.k_layout, _k_pages(target, new))
                 self.v_codec.move(old.v_layout, _v_pages(source, old), new.v_layout, _v_pages(target, new))
                 self.bytes_copied += source.numel()
-                old_slab.members[m] = torch.empty(0, dtype=torch.uint8)
+                old_slab.members[m] = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.slabs, self.spec = slabs, spec
 
     def locate(self, block: int) -> tuple[int, int]:

@@ -84,7 +84,8 @@ class Snapshot:
                     blake3(content).digest() != digests[i * _DIGEST : (i + 1) * _DIGEST]
                 ):
                     raise FormatError(f"{self.path} is damaged: section {i} has the wrong digest")
-                yield torch.frombuffer(content, dtype=torch.uint8) if length else torch.empty(0, dtype=torch.uint8)
+                empty = torch.empty(0, dtype=torch.uint8, device="cpu")
+                yield torch.frombuffer(content, dtype=torch.uint8) if length else empty
 
 
 def read_snapshot(path: Path) -> Snapshot:

@@ -28,7 +28,8 @@ class KVPart:
 
     def positions(self) -> Tensor:
         """int64 `[n_rows]`: the absolute position of each row."""
-        return torch.cat([torch.arange(s, s + n) for s, n in self.plan.runs] or [torch.empty(0, dtype=torch.int64)])
+        runs = [torch.arange(first, first + n, device="cpu") for first, n in self.plan.runs]
+        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64, device="cpu")
 
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """K `[n_sequences, n_heads, n_rows, k_dim]` and V `[..., v_dim]` of these heads."""
@@ -67,7 +68,7 @@ class KVView:
         if len({part.plan.n_rows for part in self.parts}) > 1:
             rows = {part.heads: part.plan.n_rows for part in self.parts}
             raise UnsupportedError(f"the heads of layer {self.layer} hold different numbers of rows ({rows})")
-        order = torch.tensor([head for part in self.parts for head in part.heads]).argsort()
+        order = torch.tensor([head for part in self.parts for head in part.heads], device="cpu").argsort()
         read = [part.read(dtype) for part in self.parts]
         keys, values = (torch.cat(tensors, dim=1)[:, order] for tensors in zip(*read, strict=True))
         return keys, values

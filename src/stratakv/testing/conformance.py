@@ -21,7 +21,7 @@ from stratakv.plan import KeepPlan, Run, run_length
 from stratakv.policies import RetentionPolicy
 from stratakv.spec import PageLayout, Retention
 from stratakv.testing.runs import positions, runs_of
-from stratakv.testing.views import make_view
+from stratakv.testing.views import drawn, make_view
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -77,7 +77,7 @@ def check_backend(backend: AttentionBackend, *, tolerance: float = 2e-5) -> None
     ):
         n_query_heads, n_kv_heads = heads
         view = make_view(2, n_kv_heads, 19, n_new, k_dim=dims[0], v_dim=dims[1], block_tokens=block_tokens)
-        query = torch.randn(2, n_query_heads, n_new, dims[0], generator=torch.Generator().manual_seed(1))
+        query = drawn(2, n_query_heads, n_new, dims[0], generator=torch.Generator().manual_seed(1))
         for options in _options(2, n_query_heads, n_new, 19):
             if backend.supports(view, options, query.dtype) is not None:
                 continue
@@ -111,7 +111,7 @@ def _check_pages(codec: Codec, layout: PageLayout) -> None:
     generator = torch.Generator().manual_seed(layout.head_dim)
     n_blocks, n_heads = 3, 2
     n_rows = n_blocks * layout.block_tokens
-    values = torch.randn(n_rows, n_heads, layout.head_dim, generator=generator)
+    values = drawn(n_rows, n_heads, layout.head_dim, generator=generator)
     pages = _encoded(codec, layout, values, [n_rows])
     for dtype in _DTYPES:
         out = torch.empty(n_blocks, n_heads, layout.block_tokens, layout.head_dim, dtype=dtype)
@@ -175,8 +175,8 @@ def _sees(retention: Retention, query: int, position: int) -> bool:
 def _options(n_sequences: int, n_query_heads: int, n_new: int, n_rows: int) -> list[AttentionOptions]:
     generator = torch.Generator().manual_seed(2)
     shape = (n_sequences, n_query_heads, n_new, n_rows)
-    see = torch.rand(shape, generator=generator) < 0.6
-    bias = torch.randn(shape, generator=generator)
+    see = drawn(*shape, generator=generator) < 0.25
+    bias = drawn(*shape, generator=generator)
     scale = 0.3
     return [
         AttentionOptions(scale),

@@ -16,8 +16,10 @@ from stratakv.testing.tiny import VOCABULARY
 
 
 def random_ids(n_sequences: int, n_tokens: int, seed: int = 0) -> Tensor:
-    """int64 `[n_sequences, n_tokens]`: ids of a tiny model, none of them special."""
-    return torch.randint(2, VOCABULARY, (n_sequences, n_tokens), generator=torch.Generator().manual_seed(seed))
+    """int64 `[n_sequences, n_tokens]` on torch's default device: ids of a tiny model, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, VOCABULARY, (n_sequences, n_tokens), generator=generator, device="cpu")
+    return ids.to(torch.get_default_device())
 
 
 def cache_argument(model: PreTrainedModel, cache: Any) -> dict[str, Any]:

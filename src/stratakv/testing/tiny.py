@@ -3,8 +3,9 @@
 Published initialisations give a tiny model whose logits hardly depend on the context: a fault of the cache would drown
 in rounding. Here all matrices are drawn with a standard deviation of 0.15, which makes attention far from uniform.
 
-Every model is in evaluation mode, fp32, on the CPU, has 2 layers (3 where layers of two kinds alternate), 4 query and
-2 KV heads of dim 8 (4 and 4 for encoder-decoders, which share none), and never ends a text of its own accord.
+Every model is in evaluation mode, fp32, on torch's default device, has 2 layers (3 where layers of two kinds
+alternate), 4 query and 2 KV heads of dim 8 (4 and 4 for encoder-decoders, which share none), and never ends a text of
+its own accord.
 """
 
 from __future__ import annotations
@@ -115,12 +116,12 @@ def tiny_bart(*, seed: int = 0, **config: Any) -> PreTrainedModel:
 
 
 def _drawn(model_class: Any, config: Any, seed: int) -> PreTrainedModel:
-    model: PreTrainedModel = model_class(config).eval()
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    with torch.device("cpu"), torch.no_grad():  # the same numbers on every device
+        model: PreTrainedModel = model_class(config).eval()
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=WEIGHT_STD, generator=generator)
     generation = model.generation_config
     generation.pad_token_id, generation.eos_token_id, generation.do_sample = PAD_ID, None, False
-    return model.requires_grad_(requires_grad=False)
+    return model.requires_grad_(requires_grad=False).to(torch.get_default_device())

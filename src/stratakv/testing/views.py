@@ -13,6 +13,11 @@ from stratakv.policies import RetentionPolicy
 from stratakv.spec import LayerSpec
 
 
+def drawn(*shape: int, generator: torch.Generator) -> Tensor:
+    """Normal random numbers on torch's default device, the same on every device."""
+    return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device())
+
+
 def make_view(
     n_sequences: int,
     n_kv_heads: int,
@@ -31,8 +36,8 @@ def make_view(
     Freed blocks, and rows that were never written, are NaN.
     """
     generator = torch.Generator().manual_seed(seed)
-    keys = torch.randn(n_sequences, n_kv_heads, n_rows, k_dim, generator=generator)
-    values = torch.randn(n_sequences, n_kv_heads, n_rows, v_dim, generator=generator)
+    keys = drawn(n_sequences, n_kv_heads, n_rows, k_dim, generator=generator)
+    values = drawn(n_sequences, n_kv_heads, n_rows, v_dim, generator=generator)
     return view_of(keys, values, n_new, block_tokens=block_tokens, format=format, policy=policy)
 
 
@@ -49,7 +54,7 @@ def view_of(
     n_sequences, n_kv_heads, n_rows, k_dim = keys.shape
     layer = LayerSpec(0, n_kv_heads, k_dim, values.shape[3])
     spec = build_spec([layer], k_format=format, v_format=format, block_tokens=block_tokens, policy=policy)
-    batch = SequenceBatch(Memory(spec, device=torch.device("cpu"), poison=True), policy)
+    batch = SequenceBatch(Memory(spec, device=keys.device, poison=True), policy)
     steps = [n_rows - n_new, n_new] if n_rows > n_new else [n_new]
     view = None
     start = 0

@@ -81,7 +81,7 @@ def verify(
 def _checked_ids(model: PreTrainedModel, token_ids: Tensor | list[int]) -> Tensor:
     """int64 `[batch, n_tokens]` on the model's device."""
     try:
-        ids = torch.as_tensor(token_ids)
+        ids = torch.as_tensor(token_ids, device=model.device)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"token_ids are not a tensor or an even list of numbers: {error}") from error
     if ids.dtype.is_floating_point or ids.dim() not in (1, 2) or not ids.numel():
@@ -138,7 +138,7 @@ def _oracle(model: PreTrainedModel, feeder: Feeder, mask: Tensor | None) -> Any:
     spec = feeder.cache.spec
     codecs = get_codec(spec.k_format), get_codec(spec.v_format)
     inputs: dict[str, Any] = {"input_ids": feeder.token_ids, "attention_mask": mask, "output_hidden_states": True}
-    probe = torch.linspace(-3, 3, 1001, dtype=model.dtype)
+    probe = torch.linspace(-3, 3, 1001, dtype=model.dtype, device="cpu")
     if all(torch.equal(codec.rounded(probe), probe) for codec in codecs):
         return model(**inputs, use_cache=False)
     cache = RoundingCache(model.config, codecs, feeder.rows)
@@ -183,7 +183,8 @@ def _policy_mask(model: PreTrainedModel, spec: CacheSpec, policy: RetentionPolic
             "a policy over a model with windows of its own has no oracle: one mask is for all layers"
         )
     n_tokens, first = ids.shape[1], spec.layers[0]
-    query, key = torch.arange(n_tokens)[:, None], torch.arange(n_tokens)[None, :]
+    at = torch.arange(n_tokens, device=ids.device)
+    query, key = at[:, None], at[None, :]
     heads = []
     for head in range(first.n_kv_heads):
         kept = policy.retention(first.index, head)
@@ -192,7 +193,7 @@ def _policy_mask(model: PreTrainedModel, spec: CacheSpec, policy: RetentionPolic
             see = see & ((key > query - kept.window) | (key < kept.sinks))
         heads.append(see)
     n_query_heads = model.config.num_attention_heads
-    return torch.stack(heads).repeat_interleave(n_query_heads // first.n_kv_heads, dim=0)[None].to(ids.device)
+    return torch.stack(heads).repeat_interleave(n_query_heads // first.n_kv_heads, dim=0)[None]
 
 
 def _rounding(dtype: torch.dtype) -> float:

@@ -53,7 +53,7 @@ class Feeder:
     def feed_wrong(self, n_tokens: int) -> None:
         """Feed tokens that do not belong to the sequence, to be taken back afterwards."""
         n_known = self.token_ids.shape[1]
-        wrong = self.token_ids[:, torch.arange(n_tokens - 1, -1, -1) % n_known] + 1
+        wrong = self.token_ids[:, torch.arange(n_tokens - 1, -1, -1, device=self.token_ids.device) % n_known] + 1
         self._forward(wrong % self.model.get_input_embeddings().weight.shape[0])
 
     def take_back(self, n_tokens: int) -> None:
@@ -80,10 +80,12 @@ class Feeder:
             dtype = self.cache.dtypes[layer.index]
             n_new = stop - start
             shape = (view.n_sequences, view.n_kv_heads, self.token_ids.shape[1])
-            kept = self.rows.setdefault(
-                layer.index,
-                (torch.zeros((*shape, view.k_dim), dtype=dtype), torch.zeros((*shape, view.v_dim), dtype=dtype)),
-            )
+            device = self.token_ids.device
+            if layer.index not in self.rows:
+                keys = torch.zeros((*shape, view.k_dim), dtype=dtype, device=device)
+                values = torch.zeros((*shape, view.v_dim), dtype=dtype, device=device)
+                self.rows[layer.index] = keys, values
+            kept = self.rows[layer.index]
             for part in view.parts:
                 for target, rows in zip(kept, part.read(dtype), strict=True):
                     target[:, list(part.heads), start:stop] = rows[:, :, rows.shape[2] - n_new :]

@@ -109,8 +109,8 @@ def _probe_inputs(model: PreTrainedModel, given: Mapping[str, Tensor] | None) ->
     hidden = {i for ids in special for i in (ids if isinstance(ids, list) else [ids])}
     usable = [i for i in range(config.vocab_size - 1, 0, -1) if i not in hidden][:997]
     generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(usable), (1, PROBE_TOKENS), generator=generator)
-    ids = inputs.setdefault(ids_name, torch.tensor(usable)[picks].to(model.device))
+    picks = torch.randint(len(usable), (1, PROBE_TOKENS), generator=generator, device="cpu")
+    ids = inputs.setdefault(ids_name, torch.tensor(usable, device="cpu")[picks].to(model.device))
     if is_encoder_decoder and model.main_input_name == "input_ids":
         inputs.setdefault("input_ids", ids.flip(1))
     if not is_encoder_decoder and "position_ids" in forward_parameters(model):

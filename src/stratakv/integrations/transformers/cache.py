@@ -256,7 +256,7 @@ class KVCache(CacheState):
         """
         if self.token_ids is None or len(self.token_ids) != 1:
             raise StateError("only a cache of one sequence whose token ids are known can be matched with a prompt")
-        common = common_prefix(self.token_ids[0], torch.as_tensor(token_ids).flatten().tolist())
+        common = common_prefix(self.token_ids[0], torch.as_tensor(token_ids, device="cpu").flatten().tolist())
         try:
             self.truncate(common)
         except StateError:  # rows that a shorter run would see have left a window: nothing can be used
@@ -292,7 +292,7 @@ class KVCache(CacheState):
             yield (
                 getattr(layer, "keys", None),
                 getattr(layer, "values", None),
-                None if window is None else torch.tensor(window),
+                None if window is None else torch.tensor(window, device="cpu"),
             )
 
     def __repr__(self) -> str:

@@ -203,7 +203,7 @@ def _check_runs(runs: tuple[tuple[int, int], ...], seen_tokens: int, snapshot: S
 
 
 def _checked_ids(token_ids: Any, n_sequences: int, seen_tokens: int) -> tuple[tuple[int, ...], ...]:
-    ids = torch.as_tensor(token_ids)
+    ids = torch.as_tensor(token_ids, device="cpu")
     ids = ids.reshape(1, -1) if ids.dim() == 1 else ids
     if tuple(ids.shape) != (n_sequences, seen_tokens):
         raise ConfigurationError(

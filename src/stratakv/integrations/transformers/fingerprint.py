@@ -44,7 +44,8 @@ def model_identity(model: PreTrainedModel) -> dict[str, str]:
 def _sampled(tensor: Tensor) -> bytes:
     flat = tensor.detach().reshape(-1)
     if flat.numel() > SAMPLED_VALUES:
-        flat = flat[torch.linspace(0, flat.numel() - 1, SAMPLED_VALUES, dtype=torch.float64).long().to(flat.device)]
+        at = torch.linspace(0, flat.numel() - 1, SAMPLED_VALUES, dtype=torch.float64, device="cpu").long()
+        flat = flat[at.to(flat.device)]
     return flat.cpu().contiguous().view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
