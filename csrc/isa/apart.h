@@ -20,22 +20,22 @@ inline void load_each(const BFloat* p, Vec (&x)[2]) {
   x[1].v = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
 }
 
-// Floats [2 kWidth] are ordered like that, where they lie,
-inline void part(float* p) {
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+// Floats [2 kWidth] where they lie take the order `first`, then `second` = `first` + step.
+inline void reorder(float* p, __m512i first, int step) {
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(step));
   const __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + Vec::kWidth);
-  _mm512_storeu_ps(p, _mm512_permutex2var_ps(a, even, b));
-  _mm512_storeu_ps(p + Vec::kWidth, _mm512_permutex2var_ps(a, odd, b));
+  _mm512_storeu_ps(p, _mm512_permutex2var_ps(a, first, b));
+  _mm512_storeu_ps(p + Vec::kWidth, _mm512_permutex2var_ps(a, second, b));
+}
+
+// Even places before odd ones,
+inline void part(float* p) {
+  reorder(p, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), 1);
 }
 
 // and back.
 inline void join(float* p) {
-  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-  const __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + Vec::kWidth);
-  _mm512_storeu_ps(p, _mm512_permutex2var_ps(a, first, b));
-  _mm512_storeu_ps(p + Vec::kWidth, _mm512_permutex2var_ps(a, second, b));
+  reorder(p, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), 8);
 }
 #else
 template <typename T>
