@@ -1,3 +1,4 @@
+#ifdef __aarch64__  // which 32-bit programs on such a processor, and x86 parts of universal ones, are not
 #define STRATAKV_ISA neon
 #include "isa/vec_neon.h"
 #include "isa/table.inl"
@@ -7,3 +8,4 @@ namespace stratakv::STRATAKV_ISA {
 bool is_supported() { return true; }
 
 }  // namespace stratakv::STRATAKV_ISA
+#endif

@@ -1,5 +1,6 @@
-// The kernels without Python: every instruction set that this processor has against plain loops in double precision
-// (attention) and against the one that runs everywhere (a forward). For machines whose kernels are compiled on another one.
+// The kernels without Python: attention of every instruction set that this processor has against plain loops in double
+// precision, and forwards against the instruction set that runs everywhere. For machines whose kernels are compiled on
+// another one.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -24,27 +25,57 @@ T one_of(std::initializer_list<T> of) {
 }
 float some() { return std::normal_distribution<float>()(engine); }
 
-// A number that the format holds exactly, so that nothing is rounded on the way.
+constexpr NumberType kTypes[] = {NumberType::kFloat, NumberType::kBFloat, NumberType::kHalf};
+NumberType any_type() { return kTypes[any(0, 2)]; }
+
+// The number of a format that is nearest to x, of two the even one; or infinity.
 float held(float x, NumberType type) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (type == NumberType::kBFloat) bits &= 0xFFFF0000u;
-  if (type == NumberType::kHalf) bits = std::fabs(x) < 6.2e-5f ? 0 : bits & 0xFFFFE000u;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
+  if (type == NumberType::kFloat || x == 0 || !std::isfinite(x)) return x;
+  int exponent;
+  std::frexp(x, &exponent);
+  const bool is_half = type == NumberType::kHalf;
+  const int unit = is_half ? std::max(exponent - 11, -24) : std::max(exponent - 8, -133);  // of the last place
+  const double nearest = std::ldexp(std::nearbyint(std::ldexp(double{x}, -unit)), unit);
+  if (std::fabs(nearest) > (is_half ? 65504.0 : 3.3895313892515355e38)) return std::copysign(INFINITY, x);
+  return std::copysign(static_cast<float>(nearest), x);
 }
 
+// A number that the format holds.
 void put(float x, NumberType type, char* to) {
   std::uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  if (type == NumberType::kFloat) std::memcpy(to, &bits, 4);
-  std::uint16_t half = static_cast<std::uint16_t>(bits >> 16);
-  if (type == NumberType::kHalf) half = static_cast<std::uint16_t>((bits >> 16 & 0x8000) | (bits << 1 == 0 ? 0 : ((bits & 0x7FFFFFFF) - (112u << 23)) >> 13));
-  if (type != NumberType::kFloat) std::memcpy(to, &half, 2);
+  if (type == NumberType::kFloat) {
+    std::memcpy(to, &bits, 4);
+    return;
+  }
+  std::uint32_t half = bits >> 16;
+  if (type == NumberType::kHalf) {
+    const float size = std::fabs(x);
+    const std::uint32_t rest = size < 6.103515625e-5f ? std::uint32_t(std::ldexp(size, 24)) : ((bits & 0x7FFFFFFF) - (112u << 23)) >> 13;
+    half = (bits >> 16 & 0x8000) | (x != x ? 0x7E00 : std::isinf(x) ? 0x7C00 : rest);
+  }
+  const std::uint16_t stored = static_cast<std::uint16_t>(half);
+  std::memcpy(to, &stored, 2);
+}
+
+float taken(const char* from, NumberType type) {
+  std::uint32_t bits = 0;
+  std::memcpy(&bits, from, type == NumberType::kFloat ? 4 : 2);
+  if (type == NumberType::kHalf) {
+    const int exponent = bits >> 10 & 31, rest = bits & 1023;
+    const double size = exponent == 31 ? (rest ? NAN : INFINITY) : exponent ? std::ldexp(1024 + rest, exponent - 25) : std::ldexp(rest, -24);
+    return static_cast<float>(bits & 0x8000 ? -size : size);
+  }
+  bits <<= type == NumberType::kBFloat ? 16 : 0;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
 }
 
 int bytes_of(NumberType type) { return type == NumberType::kFloat ? 4 : 2; }
 const char* name_of(NumberType type) { return type == NumberType::kFloat ? "fp32" : type == NumberType::kBFloat ? "bf16" : "fp16"; }
+
+std::int64_t page_bytes(std::int64_t n, NumberType type) { return (n * bytes_of(type) + 63) / 64 * 64; }
 
 // Numbers of a format, behind which lie some that are none.
 struct Numbers {
@@ -60,6 +91,13 @@ struct Numbers {
   }
 };
 
+// What a kernel may write over; nothing that was there before is a number.
+struct Room {
+  std::vector<float> floats;
+  explicit Room(std::size_t n) : floats(n + 16, NAN) {}
+  float* at() { return reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(floats.data()) + 63) / 64 * 64); }
+};
+
 bool is_near(const std::string& what, const std::vector<float>& found, const std::vector<double>& expected, double tolerance) {
   for (std::size_t i = 0; i < expected.size(); ++i) {
     if (found[i] == expected[i] || std::fabs(found[i] - expected[i]) <= tolerance * (1 + std::fabs(expected[i]))) continue;
@@ -69,82 +107,157 @@ bool is_near(const std::string& what, const std::vector<float>& found, const std
   return true;
 }
 
+// A call over random pages, of which rows that were not written are no numbers.
+struct Call {
+  int n_sequences = any(1, 3), heads = any(1, 3), group = any(1, 5), n_new = one_of({1, 1, 2, 9, 40}), span = one_of({1, 7, 16, 64});
+  int k_dim = any(1, 140), v_dim = any(1, 140), n_queries = heads * group, most = 0, n_blocks = 1;
+  NumberType k_type = any_type(), v_type = any_type(), type = any_type();
+  std::vector<std::int32_t> counts, skips, firsts, query_positions, table;
+  std::vector<float> keys, values;
+  std::vector<char> slab;
+  std::int64_t slabs[1];
+  AttentionArguments a{};  // before what is made together with it
+  Numbers query;
+  std::vector<char> out;
+  std::vector<float> lse;
+
+  Call(const std::vector<std::int32_t>& olds, float size) : n_sequences(static_cast<int>(olds.size())), query(make_rows(olds, size)) {
+    const std::int64_t all = std::int64_t{n_queries} * n_new;
+    out.assign(n_sequences * all * v_dim * bytes_of(type), '\xFF');
+    lse.assign(n_sequences * all, NAN);
+    a.rows = {counts.data(), skips.data(), firsts.data(), nullptr};
+    a.query = {query.bytes.data(), all * k_dim, std::int64_t{n_new} * k_dim, k_dim};
+    a.out = {out.data(), all * v_dim, std::int64_t{n_new} * v_dim, v_dim};
+    a.lse = {lse.data(), all, n_new, 1};
+    a.query_type = type;
+    a.query_positions = query_positions.data();
+    a.n_sequences = n_sequences;
+    a.group = group;
+    a.n_new = n_new;
+    a.n_threads = any(1, 3);
+    a.prompt_queries = one_of({1, 24, 100000});
+  }
+  Call(const Call&) = delete;
+
+  void run(const Kernels& kernels) {
+    Room scratch(kernels.attend_floats(a));
+    a.scratch = scratch.at();
+    kernels.attend(a);
+  }
+
+  // Tiles take 16 of the 24 bits of queries and weights.
+  bool is_tiled(const Kernels& kernels) const {
+    return std::string(kernels.isa) == "amx" && k_type == NumberType::kBFloat && v_type == NumberType::kBFloat;
+  }
+
+  // Of one row of the slab: row r of a sequence's keys (or values) for one head.
+  std::size_t at(int sequence, int head, int row) const { return (std::size_t(sequence) * heads + head) * most + row; }
+
+ private:
+  // olds[s]: rows before the new ones; below 0: the sequence has no rows at all.
+  Numbers make_rows(const std::vector<std::int32_t>& olds, float size) {
+    for (std::int32_t old : olds) {
+      counts.push_back(old < 0 ? 0 : old + n_new);
+      skips.push_back(any(0, 3) == 0 ? any(0, counts.back()) : 0);
+      firsts.push_back(any(0, 1) * any(0, 100));
+      query_positions.push_back(firsts.back() + std::max(old, 0));
+      most = std::max(most, counts.back());
+    }
+    n_blocks = std::max(1, (most + span - 1) / span);
+    const std::int64_t k_page = page_bytes(std::int64_t{span} * k_dim, k_type), v_page = page_bytes(std::int64_t{span} * v_dim, v_type);
+    for (int i = 0; i < n_blocks * n_sequences; ++i) table.insert(table.end(), {0, n_blocks * n_sequences - 1 - i});
+    a.pages = {slabs, table.data(), 2 * n_blocks, heads * (k_page + v_page), k_page, v_page, heads, span, k_dim, v_dim, k_type, v_type};
+    slab.assign(a.pages.block_bytes * n_blocks * n_sequences + 64, '\xFF');
+    char* const first = slab.data() + (64 - reinterpret_cast<std::uintptr_t>(slab.data()) % 64) % 64;
+    slabs[0] = reinterpret_cast<std::int64_t>(first);
+    keys.resize(at(n_sequences, 0, 0) * k_dim);
+    values.resize(at(n_sequences, 0, 0) * v_dim);
+    for (int s = 0; s < n_sequences; ++s) {
+      for (int h = 0; h < heads; ++h) {
+        for (int r = skips[s]; r < counts[s]; ++r) {
+          char* const block = first + table[2 * (s * n_blocks + r / span) + 1] * a.pages.block_bytes;
+          write(block + h * k_page, r % span, k_dim, k_type, keys.data() + at(s, h, r) * k_dim, 1);
+          write(block + heads * k_page + h * v_page, r % span, v_dim, v_type, values.data() + at(s, h, r) * v_dim, size);
+        }
+      }
+    }
+    return Numbers(std::size_t(n_sequences) * n_queries * n_new * k_dim, type, 1);
+  }
+
+  static void write(char* page, int row, int dim, NumberType type, float* values, float size) {
+    for (int d = 0; d < dim; ++d) {
+      values[d] = held(size * some(), type);
+      if (std::isinf(values[d])) values[d] = 0;
+      put(values[d], type, page + (std::int64_t{row} * dim + d) * bytes_of(type));
+    }
+  }
+};
+
 bool check_attention(const Kernels& kernels) {
-  const NumberType types[] = {NumberType::kFloat, NumberType::kBFloat, NumberType::kHalf};
-  const int heads = any(1, 3), group = any(1, 5), n_new = one_of({1, 1, 2, 40}), n_old = one_of({0, 3, 62, 129, 400}), span = one_of({1, 7, 16, 64});
-  const int k_dim = one_of({1, 6, 20, 32, 64, 80, 128}), v_dim = one_of({1, 6, 20, 32, 64, 80, 128}), n_rows = n_old + n_new;
-  const NumberType k_type = types[any(0, 2)], v_type = types[any(0, 2)];
-  const int n_blocks = (n_rows + span - 1) / span, n_queries = heads * group;
-  AttentionArguments a{};
-  a.rules = {0.3f, one_of({0.0f, 4.0f}), 1, one_of({0, 0, 9}), 0, nullptr, nullptr};
-  const std::int64_t k_page = std::int64_t{span} * k_dim * bytes_of(k_type), v_page = std::int64_t{span} * v_dim * bytes_of(v_type);
-  a.pages = {nullptr, nullptr, 2 * n_blocks, heads * (k_page + v_page), k_page, v_page, heads, span, k_dim, v_dim, k_type, v_type};
-  std::vector<char> slab(a.pages.block_bytes * n_blocks, '\xFF');  // rows that were not written are no numbers
-  std::vector<std::int32_t> table(2 * n_blocks);
-  for (int i = 0; i < n_blocks; ++i) table[2 * i + 1] = n_blocks - 1 - i;
-  std::vector<float> keys(std::size_t(heads) * n_rows * k_dim), values(std::size_t(heads) * n_rows * v_dim);
-  for (int h = 0; h < heads; ++h) {
-    for (int r = 0; r < n_rows; ++r) {
-      char* const block = slab.data() + table[2 * (r / span) + 1] * a.pages.block_bytes;
-      for (int d = 0; d < k_dim; ++d) {
-        const float x = keys[(std::size_t(h) * n_rows + r) * k_dim + d] = held(some(), k_type);
-        put(x, k_type, block + h * k_page + (std::int64_t{r % span} * k_dim + d) * bytes_of(k_type));
-      }
-      for (int d = 0; d < v_dim; ++d) {
-        const float x = values[(std::size_t(h) * n_rows + r) * v_dim + d] = held(some(), v_type);
-        put(x, v_type, block + heads * k_page + h * v_page + (std::int64_t{r % span} * v_dim + d) * bytes_of(v_type));
-      }
+  std::vector<std::int32_t> olds(any(1, 3));
+  for (std::int32_t& old : olds) old = one_of({-1, 0, 3, 62, 129, 400});
+  Call call(olds, 1);
+  AttentionArguments& a = call.a;
+  a.rules = {0.3f, one_of({0.0f, 4.0f}), any(0, 1), one_of({0, 0, 9}), one_of({0, 3}), nullptr, nullptr};
+  call.run(kernels);
+  std::vector<double> expected, expected_lse;
+  for (std::size_t i = 0; i < call.lse.size(); ++i) {
+    const int token = i % call.n_new, head = i / call.n_new % call.n_queries / call.group, s = i / call.n_new / call.n_queries;
+    const int mine = call.query_positions[s] + token;
+    double sum = 0;
+    std::vector<double> gathered(call.v_dim);
+    for (int r = call.skips[s]; r < call.counts[s]; ++r) {
+      const int position = call.firsts[s] + r;
+      if (a.rules.is_causal && position > mine) continue;
+      if (a.rules.window && position <= mine - a.rules.window && position >= a.rules.sinks) continue;
+      const float* const key = call.keys.data() + call.at(s, head, r) * call.k_dim;
+      const float* const value = call.values.data() + call.at(s, head, r) * call.v_dim;
+      double score = 0;
+      for (int d = 0; d < call.k_dim; ++d) score += double{call.query.values[i * call.k_dim + d]} * key[d];
+      score *= a.rules.scale;
+      if (a.rules.softcap > 0) score = a.rules.softcap * std::tanh(score / a.rules.softcap);
+      const double weight = std::exp(score);
+      sum += weight;
+      for (int d = 0; d < call.v_dim; ++d) gathered[d] += weight * value[d];
+    }
+    expected_lse.push_back(std::log(sum));
+    for (double x : gathered) expected.push_back(sum == 0 ? 0 : x / sum);
+  }
+  std::vector<float> found;
+  for (std::size_t i = 0; i < expected.size(); ++i) found.push_back(taken(call.out.data() + i * bytes_of(call.type), call.type));
+  const double tolerance = call.is_tiled(kernels) ? 2e-4 : 2e-5;
+  const double rounding = call.type == NumberType::kFloat ? 0 : call.type == NumberType::kBFloat ? 4e-3 : 5e-4;
+  const std::string what = std::string(kernels.isa) + " attention, " + name_of(call.k_type) + " " + std::to_string(call.k_dim) + ", " +
+                           name_of(call.v_type) + " " + std::to_string(call.v_dim) + ", queries in " + name_of(call.type) + ", first rows " +
+                           std::to_string(call.counts[0]) + ", new " + std::to_string(call.n_new) + ", group " + std::to_string(call.group);
+  return is_near(what, found, expected, tolerance + rounding) && is_near(what + ", log-sum-exp", call.lse, expected_lse, tolerance);
+}
+
+// Who sees one row only gets its values, rounded to nearest.
+bool check_rounding(const Kernels& kernels) {
+  const float sizes[] = {1e-41f, 1e-7f, 3e-5f, 1, 300, 3e4f, 1e38f};  // of values
+  Call call({0}, sizes[any(0, 6)]);
+  if (call.n_new > 1 || call.skips[0] > 0 || call.is_tiled(kernels)) return true;
+  call.a.rules = {0.0f, 0, 1, 0, 0, nullptr, nullptr};
+  call.run(kernels);
+  for (int q = 0; q < call.n_queries; ++q) {
+    for (int d = 0; d < call.v_dim; ++d) {
+      const float value = call.values[call.at(0, q / call.group, 0) * call.v_dim + d], expected = held(value, call.type);
+      const float found = taken(call.out.data() + (std::int64_t{q} * call.v_dim + d) * bytes_of(call.type), call.type);
+      if (found == expected) continue;
+      std::printf("%s: %.9g as %s is %.9g, expected %.9g\n", kernels.isa, value, name_of(call.type), found, expected);
+      return false;
     }
   }
-  const std::int64_t slabs[] = {reinterpret_cast<std::int64_t>(slab.data())};
-  a.pages.slabs = slabs;
-  a.pages.table = table.data();
-  const std::int32_t counts[] = {n_rows}, none[] = {0}, first_query[] = {n_old};
-  a.rows = {counts, none, none, nullptr};
-  std::vector<float> query(std::size_t(n_queries) * n_new * k_dim), out(std::size_t(n_queries) * n_new * v_dim), lse(std::size_t(n_queries) * n_new);
-  for (float& x : query) x = some();
-  a.query = {query.data(), 0, std::int64_t{n_new} * k_dim, k_dim};
-  a.out = {out.data(), 0, std::int64_t{n_new} * v_dim, v_dim};
-  a.lse = {lse.data(), 0, n_new, 1};
-  a.query_type = NumberType::kFloat;
-  a.query_positions = first_query;
-  a.n_sequences = 1;
-  a.group = group;
-  a.n_new = n_new;
-  a.n_threads = any(1, 3);
-  a.prompt_queries = one_of({1, 24, 100000});
-  std::vector<float> scratch(kernels.attend_floats(a) + 16, std::numeric_limits<float>::quiet_NaN());
-  a.scratch = reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(scratch.data()) + 63) / 64 * 64);
-  kernels.attend(a);
-  std::vector<double> expected(out.size()), expected_lse(lse.size());
-  for (int q = 0; q < n_queries; ++q) {
-    for (int t = 0; t < n_new; ++t) {
-      const int end = n_old + t + 1, begin = a.rules.window == 0 ? 0 : std::max(0, end - a.rules.window);
-      double sum = 0;
-      std::vector<double> gathered(v_dim);
-      for (int r = begin; r < end; ++r) {
-        double score = 0;
-        for (int d = 0; d < k_dim; ++d) score += double(query[(std::size_t(q) * n_new + t) * k_dim + d]) * keys[(std::size_t(q / group) * n_rows + r) * k_dim + d];
-        score *= a.rules.scale;
-        if (a.rules.softcap > 0) score = a.rules.softcap * std::tanh(score / a.rules.softcap);
-        const double weight = std::exp(score);
-        sum += weight;
-        for (int d = 0; d < v_dim; ++d) gathered[d] += weight * values[(std::size_t(q / group) * n_rows + r) * v_dim + d];
-      }
-      expected_lse[std::size_t(q) * n_new + t] = std::log(sum);
-      for (int d = 0; d < v_dim; ++d) expected[(std::size_t(q) * n_new + t) * v_dim + d] = gathered[d] / sum;
-    }
-  }
-  const std::string what = std::string(kernels.isa) + " attention, " + name_of(k_type) + " " + std::to_string(k_dim) + ", " + name_of(v_type) + " " +
-                           std::to_string(v_dim) + ", rows " + std::to_string(n_rows) + ", new " + std::to_string(n_new) + ", group " + std::to_string(group);
-  return is_near(what, out, expected, 2e-4) && is_near(what + ", log-sum-exp", lse, expected_lse, 2e-4);
+  return true;
 }
 
 // One layer of random sizes, over an empty cache. Every kernel gets the same numbers.
 struct Decoder {
-  NumberType type = one_of({NumberType::kFloat, NumberType::kBFloat, NumberType::kHalf});
+  NumberType type = any_type(), k_type = any_type(), v_type = any_type();
+  Activation activation = one_of({Activation::kSilu, Activation::kGeluTanh});
   int pairs = any(1, 20), head_dim = 2 * pairs, kv_heads = any(1, 2), heads = kv_heads * any(1, 3), hidden = any(1, 70), intermediate = any(1, 90);
-  int n_new = one_of({1, 5, 30}), n_sequences = any(1, 3), vocabulary = 50, qkv = (heads + 2 * kv_heads) * head_dim;
+  int n_new = one_of({1, 5, 13, 30}), n_sequences = any(1, 3), vocabulary = 50, qkv = (heads + 2 * kv_heads) * head_dim;
   Numbers embedding = weights(vocabulary * hidden), qkv_weight = weights(qkv * hidden), output = weights(hidden * heads * head_dim);
   Numbers gate_up = weights(2 * intermediate * hidden), down = weights(hidden * intermediate);
   Numbers norm{std::size_t(hidden), NumberType::kFloat, 1}, bias{std::size_t(qkv), NumberType::kFloat, 1};
@@ -166,16 +279,16 @@ struct Decoder {
       return Matrix{of.bytes.data(), bias_of, rows, columns, type, false};
     };
     const float* const scale = reinterpret_cast<const float*>(norm.bytes.data());
-    const std::int64_t page = std::int64_t{n_new} * head_dim * 4;
+    const std::int64_t k_page = page_bytes(std::int64_t{n_new} * head_dim, k_type), v_page = page_bytes(std::int64_t{n_new} * head_dim, v_type);
     Layer layer{scale, nullptr, nullptr, nullptr, scale, nullptr, matrix(qkv_weight, qkv, hidden, reinterpret_cast<const float*>(bias.bytes.data())),
                 matrix(output, hidden, heads * head_dim), matrix(gate_up, 2 * intermediate, hidden), matrix(down, hidden, intermediate), 0, 0,
-                2 * kv_heads * page, page, page, NumberType::kFloat, NumberType::kFloat};
-    Model model{hidden, intermediate, head_dim, heads, kv_heads, 1e-5f, 1.5f, 0.2f, 0, 6.0f, Activation::kSilu, false,
+                kv_heads * (k_page + v_page), k_page, v_page, k_type, v_type};
+    Model model{hidden, intermediate, head_dim, heads, kv_heads, 1e-5f, 1.5f, 0.2f, 0, 6.0f, activation, false,
                 matrix(embedding, vocabulary, hidden), matrix(embedding, vocabulary, hidden), scale, &layer, 1};
-    std::vector<char> slab(layer.block_bytes * n_sequences);
+    Room slab((layer.block_bytes * n_sequences + 3) / 4);
     std::vector<std::int32_t> table, zeros(n_sequences), counts(n_sequences, n_new);
     for (int s = 0; s < n_sequences; ++s) table.insert(table.end(), {0, s});
-    const std::int64_t slabs[] = {reinterpret_cast<std::int64_t>(slab.data())};
+    const std::int64_t slabs[] = {reinterpret_cast<std::int64_t>(slab.at())};
     const std::int64_t* const of_layers[] = {slabs};
     const GroupRows group{table.data(), 2, counts.data(), zeros.data(), zeros.data(), nullptr, n_new, 0, 0};
     const Rotation rotation{cosines.data(), sines.data(), pairs};
@@ -184,8 +297,8 @@ struct Decoder {
     std::vector<float> produced(rows * std::max({qkv, 2 * intermediate, hidden})), lse(rows * heads), found(rows * vocabulary);
     Forward step{tokens.data(), zeros.data(), n_sequences, n_new, 2, 24, &group, of_layers, &rotation, stream.data(), normed.data(), produced.data(),
                  lse.data(), nullptr, n_new, zeros.data(), found.data()};
-    std::vector<float> scratch(kernels.forward_floats(model, step) + 16);
-    step.scratch = reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(scratch.data()) + 63) / 64 * 64);
+    Room scratch(kernels.forward_floats(model, step));
+    step.scratch = scratch.at();
     kernels.forward(model, step);
     return found;
   }
@@ -194,8 +307,11 @@ struct Decoder {
 bool check_forward(const Kernels& kernels, const Kernels& everywhere) {
   const Decoder decoder;
   const std::vector<float> expected = decoder.logits(everywhere);
-  return is_near(std::string(kernels.isa) + " forward in " + name_of(decoder.type) + ", hidden " + std::to_string(decoder.hidden), decoder.logits(kernels),
-                 {expected.begin(), expected.end()}, 2e-4);
+  // Sums in another order are sometimes rounded to the other side when they are stored.
+  const bool is_exact = decoder.k_type == NumberType::kFloat && decoder.v_type == NumberType::kFloat;
+  const std::string what = std::string(kernels.isa) + " forward in " + name_of(decoder.type) + ", pages " + name_of(decoder.k_type) + " and " +
+                           name_of(decoder.v_type) + ", hidden " + std::to_string(decoder.hidden);
+  return is_near(what, decoder.logits(kernels), {expected.begin(), expected.end()}, is_exact ? 2e-4 : 2e-2);
 }
 
 }  // namespace
@@ -207,7 +323,9 @@ int main() {
   for (std::size_t i = 0; i < count; ++i) {
     if (!all[i]->is_supported()) continue;
     int n = 0;
-    for (; is_right && n < 400; ++n) is_right = check_attention(*all[i]) && check_forward(*all[i], *all[count - 1]);
+    for (; is_right && n < 400; ++n) {
+      is_right = check_attention(*all[i]) && check_rounding(*all[i]) && (i == count - 1 || check_forward(*all[i], *all[count - 1]));
+    }
     std::printf("%s: %d rounds, %s\n", all[i]->isa, n, is_right ? "right" : "WRONG");
   }
   return is_right ? 0 : 1;

@@ -152,6 +152,16 @@ def test_activations_are_rounded_to_bf16_at_most_and_alike_in_any_cut(isa: str) 
 
 
 @every_isa
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_over_bf16_pages_are_rounded_to_bf16_at_most(isa: str, name: str) -> None:
+    runners = [NativeRunner(drawn(name), dtype=torch.bfloat16, exact=exact, isa=isa) for exact in (True, False)]
+    for n_sequences, cuts in ((1, [70]), (2, [40, 30])):  # enough queries a KV head for the kernel for prompts
+        tokens = some_tokens(n_sequences, 70)
+        exact, rounded = (fed(each, each.new_batch(format="bf16"), tokens, cuts) for each in runners)
+        assert (exact - rounded).square().mean().sqrt() <= 1.5e-2 * exact.square().mean().sqrt()
+
+
+@every_isa
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize(
     ("hidden", "intermediate", "shape"), [(2040, 2080, (1, 97)), (256, 288, (900, 1)), (96, 40, (3, 170))]
