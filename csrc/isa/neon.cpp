@@ -1,4 +1,4 @@
-#ifdef __aarch64__  // which 32-bit programs on such a processor, and x86 parts of universal ones, are not
+#ifdef __aarch64__  // which 32-bit programs on such a processor are not
 #define STRATAKV_ISA neon
 #include "isa/vec_neon.h"
 #include "isa/table.inl"

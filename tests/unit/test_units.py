@@ -17,6 +17,9 @@ from stratakv.units import format_bytes, parse_bytes, whole
     [
         (1, 1),
         (4096, 4096),
+        (2**60 + 1, 2**60 + 1),
+        (2e9, 2_000_000_000),
+        (np.int64(7), 7),
         ("7", 7),
         ("7B", 7),
         ("2KiB", 2048),
@@ -33,9 +36,11 @@ def test_a_size_is_read(text: int | str, n_bytes: int) -> None:
     assert parse_bytes(text) == n_bytes
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "0", 0, -5, "1e3", "2 PiB", "0.2", "1 2", "2GiBs", "nan", "1,5GiB"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "-1", "0", 0, -5, 2.5, True, None, "1e3", "2 PiB", "0.2", "1 2", "2GiBs", "nan", "1,5GiB"]
+)
 def test_what_is_no_size_is_refused(text: int | str) -> None:
-    with pytest.raises(ConfigurationError, match="a size is"):
+    with pytest.raises(ConfigurationError, match="a size i"):
         parse_bytes(text)
 
 
@@ -69,7 +74,20 @@ def test_a_whole_number_is_an_int(number: object) -> None:
     assert found == 3
 
 
-@pytest.mark.parametrize("number", [3.0, "3", None, torch.tensor(3.0), torch.tensor([3, 4]), [3]])
+WRONG = [
+    3.0,
+    "3",
+    None,
+    True,
+    torch.tensor(True),
+    torch.tensor(3.0),
+    torch.tensor([3, 4]),
+    [3],
+    torch.ones(1, device="meta"),
+]
+
+
+@pytest.mark.parametrize("number", WRONG)
 def test_what_is_no_whole_number_is_refused(number: object) -> None:
     with pytest.raises(ConfigurationError, match="tokens must be a whole number, got"):
         whole("tokens", number)

@@ -57,7 +57,7 @@ def test_a_right_cache_passes_however_few_the_tokens(n_tokens: int) -> None:
     ("token_ids", "said"),
     [
         ([], "at least one"),
-        ([[1, 2], [3]], "even list"),
+        ([[1, 2], [3]], "expected sequence of length 2"),
         ([0.5, 1.0], "whole numbers"),
         ([5, 4000], "must lie in"),
         (list(range(90)) * 91, "positions"),

@@ -77,8 +77,12 @@ class SequenceBatch:
 
         Raises:
             StateError: the last step is incomplete, or the cache holds another number of sequences.
-            CapacityError: there is no room. In either case nothing was changed.
+            CapacityError: there is no room. In each case nothing was changed.
+            ConfigurationError: a number that is not at least 1.
         """
+        n_sequences, n_tokens = whole("n_sequences", n_sequences), whole("n_tokens", n_tokens)
+        if min(n_sequences, n_tokens) < 1:
+            raise ConfigurationError(f"a step has sequences and tokens, got {n_sequences} and {n_tokens}")
         if self._step is not None:
             missing = sorted(self.memory.spec.layers_by_index.keys() - self._step.written)
             raise StateError(
@@ -205,6 +209,8 @@ class SequenceBatch:
             ConfigurationError: positions that are not stored. Nothing was changed.
         """
         self.check_between_steps()
+        runs = tuple((whole("a position", first), whole("positions", n)) for first, n in plan.runs)
+        plan = KeepPlan(runs, whole("the floor", plan.floor))
         self._complete = None
         groups = [g for g, group in enumerate(self.memory.spec.groups) if group.imposed or not group.retention.window]
         tables = [(sequence, g) for sequence in self.sequences for g in groups if sequence.tables[g].runs != plan.runs]
@@ -243,9 +249,10 @@ class SequenceBatch:
     def select(self, indices: Seq[int]) -> None:
         """Let sequence `indices[i]` become sequence i. One that is named twice is shared until either is written."""
         self.check_between_steps()
+        indices = [whole("the index of a sequence", i) for i in indices]
         self._complete = None
         if any(not -len(self.sequences) <= i < len(self.sequences) for i in indices):
-            raise ConfigurationError(f"there are {len(self.sequences)} sequences, got indices {list(indices)}")
+            raise ConfigurationError(f"there are {len(self.sequences)} sequences, got indices {indices}")
         if not indices:
             self.reset()  # without sequences there is nothing that the tokens seen could belong to
             return

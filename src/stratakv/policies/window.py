@@ -31,10 +31,7 @@ class Window(RetentionPolicy):
     name = "window"
 
     def __init__(self, size: int | Sequence[int], sinks: int = 0) -> None:
-        try:
-            sizes = list(size)  # type: ignore[arg-type]  # a number is what raises
-        except TypeError:
-            sizes = [size]  # type: ignore[list-item]
+        sizes = size if isinstance(size, Sequence) and not isinstance(size, str | bytes) else (size,)
         self.sizes = tuple(whole("the size of a window", each) for each in sizes)
         self.sinks = whole("sinks", sinks)
         if not self.sizes or min(self.sizes) < 1 or self.sinks < 0:

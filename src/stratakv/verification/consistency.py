@@ -11,6 +11,7 @@ from torch import Tensor
 from stratakv.codecs import get_codec
 from stratakv.errors import ConfigurationError, UnsupportedError
 from stratakv.integrations.transformers import KVCache
+from stratakv.integrations.transformers.arguments import whole_numbers
 from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword
 from stratakv.integrations.transformers.geometry import max_positions
 from stratakv.integrations.transformers.quiet import quiet_transformers
@@ -80,14 +81,10 @@ def verify(
 
 def _checked_ids(model: PreTrainedModel, token_ids: Tensor | list[int]) -> Tensor:
     """int64 `[batch, n_tokens]` on the model's device."""
-    try:
-        ids = torch.as_tensor(token_ids, device=model.device)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"token_ids are not a tensor or an even list of numbers: {error}") from error
-    if ids.dtype.is_floating_point or ids.dim() not in (1, 2) or not ids.numel():
+    ids = whole_numbers("token_ids", token_ids).to(model.device)
+    if ids.dim() not in (1, 2) or not ids.numel():
         raise ConfigurationError(
-            "token_ids must be whole numbers [n_tokens] or [batch, n_tokens] with at least one, got "
-            f"{ids.dtype} {list(ids.shape)}"
+            f"token_ids must be [n_tokens] or [batch, n_tokens] with at least one, got {list(ids.shape)}"
         )
     n_known = model.get_input_embeddings().weight.shape[0]
     if int(ids.min()) < 0 or int(ids.max()) >= n_known:
@@ -98,7 +95,7 @@ def _checked_ids(model: PreTrainedModel, token_ids: Tensor | list[int]) -> Tenso
             f"{ids.shape[-1]:,} tokens, and {SPARE_TOKENS} that cuts take back, are more than the model's {limit:,} "
             "positions"
         )
-    return (ids if ids.dim() == 2 else ids.unsqueeze(0)).long().to(model.device)
+    return ids if ids.dim() == 2 else ids.unsqueeze(0)
 
 
 def _run_cut(

@@ -16,6 +16,7 @@ from stratakv.blocks.memory import Memory
 from stratakv.codecs import codec_names
 from stratakv.codecs.floats import FORMAT_OF_DTYPE
 from stratakv.errors import ConfigurationError, StateError, UnsupportedError
+from stratakv.integrations.transformers.arguments import whole_numbers
 from stratakv.integrations.transformers.compat import (
     PreTrainedModel,
     query_length,
@@ -253,10 +254,14 @@ class KVCache(CacheState):
 
         Raises:
             StateError: the cache does not know its tokens (it was not saved with `token_ids`), or holds a batch.
+            ConfigurationError: no prompt. Nothing was changed.
         """
+        prompt = whole_numbers("token_ids", token_ids)
+        if prompt.shape[:-1] not in ((), (1,)):
+            raise ConfigurationError(f"token_ids must be one prompt, [n] or [1, n], got {tuple(prompt.shape)}")
         if self.token_ids is None or len(self.token_ids) != 1:
             raise StateError("only a cache of one sequence whose token ids are known can be matched with a prompt")
-        common = common_prefix(self.token_ids[0], torch.as_tensor(token_ids, device="cpu").flatten().tolist())
+        common = common_prefix(self.token_ids[0], prompt.flatten().tolist())
         try:
             self.truncate(common)
         except StateError:  # rows that a shorter run would see have left a window: nothing can be used

@@ -106,6 +106,8 @@ class EncoderDecoderKVCache(EncoderDecoderCache):  # type: ignore[misc]  # trans
     @uninterrupted
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Have every sequence `repeats` times, in both caches."""
+        for cache in (self.self_attention_cache, self.cross_attention_cache):
+            cache.batch.check_between_steps()  # both agree before either changes
         self.self_attention_cache.batch_repeat_interleave(repeats)
         self.cross_attention_cache.batch_repeat_interleave(repeats)
 

@@ -24,6 +24,7 @@ from stratakv.errors import (
     UnsupportedError,
 )
 from stratakv.integrations.transformers import recurrent
+from stratakv.integrations.transformers.arguments import whole_numbers
 from stratakv.integrations.transformers.cache import KVCache
 from stratakv.integrations.transformers.compat import PreTrainedModel
 from stratakv.integrations.transformers.fingerprint import model_identity
@@ -203,7 +204,7 @@ def _check_runs(runs: tuple[tuple[int, int], ...], seen_tokens: int, snapshot: S
 
 
 def _checked_ids(token_ids: Any, n_sequences: int, seen_tokens: int) -> tuple[tuple[int, ...], ...]:
-    ids = torch.as_tensor(token_ids, device="cpu")
+    ids = whole_numbers("token_ids", token_ids)
     ids = ids.reshape(1, -1) if ids.dim() == 1 else ids
     if tuple(ids.shape) != (n_sequences, seen_tokens):
         raise ConfigurationError(

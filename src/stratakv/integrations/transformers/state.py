@@ -14,6 +14,7 @@ from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.interrupts import uninterrupted
 from stratakv.errors import ConfigurationError, StateError, UnsupportedError
 from stratakv.integrations.transformers import recurrent
+from stratakv.integrations.transformers.arguments import whole_numbers
 from stratakv.integrations.transformers.checkpoint import CacheCheckpoint
 from stratakv.integrations.transformers.compat import (
     Cache,
@@ -298,15 +299,19 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
             self.token_ids = tuple(self.token_ids[i] for i in chosen.tolist())
 
     def checked_selection(self, indices: Tensor) -> Tensor:
-        """`indices`, or a mask, as int64 indices from 0 on.
+        """`indices`, or a mask of all sequences, as int64 indices from 0 on.
 
         Raises:
             ConfigurationError: there is no such sequence. StateError: the last forward stopped half way.
         """
         self.batch.check_between_steps()
-        chosen = torch.as_tensor(indices, device="cpu")
-        chosen = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen.flatten()
         n = len(self.batch.sequences)
+        is_mask = torch.is_tensor(indices) and indices.dtype == torch.bool and len(indices.shape) == 1
+        if is_mask and (not n or len(indices) == n):
+            indices = indices.nonzero().flatten()
+        chosen = whole_numbers("indices", indices)
+        if chosen.dim() != 1:
+            raise ConfigurationError(f"indices of sequences are a list, got the shape {tuple(chosen.shape)}")
         if n and len(chosen) and not (-n <= int(chosen.min()) and int(chosen.max()) < n):
             raise ConfigurationError(f"there are {n} sequences, got indices {chosen.tolist()}")
         return chosen % n if n else chosen
