@@ -151,7 +151,7 @@ def test_copied_blocks_hold_all_members() -> None:
         assert torch.equal(read(arena, member, [[2]], 4)[1], rows(member, 1, 4)[1])
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "fp8", "int8"])
 def test_moved_rows_are_the_same_rows(name: str) -> None:
     arena = arena_of(6, name=name)
     moved = [1, 2, 6, 9, 10]
@@ -200,7 +200,7 @@ def test_a_dump_holds_no_stale_row_and_is_loaded_again() -> None:
         other.load([1], dumped)
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "fp8", "int8"])
 def test_poisoned_blocks_read_as_nan_and_their_neighbours_do_not(name: str) -> None:
     arena = arena_of(3, name=name)
     arena.poison([1])

@@ -206,7 +206,7 @@ def test_large_scores_do_not_overflow() -> None:
     assert_right(queries(view, 4) * 1e4, view, AttentionOptions(SCALE), tolerance=1e-4)
 
 
-@pytest.mark.parametrize("stored", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stored", ["fp32", "bf16", "fp16", "fp8", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_any_stored_format_and_query_dtype(stored: str, dtype: torch.dtype) -> None:
     view = make_view(2, 2, 11, 5, format=stored)

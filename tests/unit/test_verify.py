@@ -29,7 +29,7 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
 @pytest.mark.parametrize("layout", ["paged", "contiguous", "growing"])
-@pytest.mark.parametrize("format_name", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("format_name", ["fp32", "bf16", "fp16", "fp8", "int8"])
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3])
 def test_a_right_cache_passes_in_every_cut(make: Callable[[], Any], format_name: str, layout: str) -> None:
     options: dict[str, Any] = {"capacity": 48} if layout == "contiguous" else {}

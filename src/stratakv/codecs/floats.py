@@ -78,7 +78,7 @@ class BFloat16(FloatCodec):
     def _converted(self, values: Tensor) -> Tensor:
         # The largest fp32 numbers round up to infinity in bf16.
         return (
-            _saturated(values, self.dtype) if values.dtype in (torch.float32, torch.float64) else values.to(self.dtype)
+            saturated(values, self.dtype) if values.dtype in (torch.float32, torch.float64) else values.to(self.dtype)
         )
 
 
@@ -89,14 +89,15 @@ class Float16(FloatCodec):
     dtype = torch.float16
 
     def _converted(self, values: Tensor) -> Tensor:
-        return values if values.dtype == self.dtype else _saturated(values, self.dtype)
+        return values if values.dtype == self.dtype else saturated(values, self.dtype)
 
 
 FORMAT_OF_DTYPE = {codec.dtype: codec.name for codec in (Float32, BFloat16, Float16)}
 """The format that stores numbers of a dtype exactly."""
 
 
-def _saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
+def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` in `dtype`; finite ones that are too large for it as its largest number, with their sign."""
     largest = torch.finfo(dtype).max
     converted = values.to(dtype)
     overflowed = converted.isinf() & values.isfinite()

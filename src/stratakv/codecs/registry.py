@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from stratakv.codecs.base import Codec
 from stratakv.codecs.floats import BFloat16, Float16, Float32
+from stratakv.codecs.fp8 import Float8
+from stratakv.codecs.int8 import Int8
 from stratakv.errors import ConfigurationError
 
-_factories: dict[str, Callable[[], Codec]] = {"fp32": Float32, "bf16": BFloat16, "fp16": Float16}
+_factories: dict[str, Callable[[], Codec]] = {codec.name: codec for codec in (Float32, BFloat16, Float16, Float8, Int8)}
 
 
 def codec_names() -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from stratakv.codecs import Codec
 from stratakv.integrations.transformers.compat import DynamicCache
 
+ROUNDED_ANEW = 1.5
 MIDPOINT_SLACK = 1e-4
 """How far from the middle between two stored numbers the side is left open, relative to the row's largest number."""
 
@@ -41,14 +42,21 @@ class RoundingCache(DynamicCache):  # type: ignore[misc]  # transformers is unty
         """Round, then cache as transformers does; the first forward over an empty cache sees just these."""
         rows = (key_states, value_states)
         keys, values = (
-            snapped(exact, codec.rounded(exact), stored)
+            snapped(exact, codec.rounded(exact), stored, whole_rows=codec.layout(exact.shape[-1], 1).scale_bytes > 0)
             for exact, codec, stored in zip(rows, self._codecs, self._stored[layer_idx], strict=True)
         )
         updated: tuple[Tensor, Tensor] = super().update(keys, values, layer_idx, *args, **kwargs)
         return updated
 
 
-def snapped(exact: Tensor, rounded: Tensor, stored: Tensor) -> Tensor:
-    """`rounded`, but `stored` where that is as near to `exact` as makes no difference. All `[..., head_dim]`."""
+def snapped(exact: Tensor, rounded: Tensor, stored: Tensor, *, whole_rows: bool) -> Tensor:
+    """`rounded`, but `stored` where that is as near to `exact` as makes no difference. All `[..., head_dim]`.
+
+    Number by number; or, where a row's numbers are rounded together, in whole rows. What rounds a row's scale to the
+    other side rounds all of its numbers anew: then the two may be `ROUNDED_ANEW` times as far from `exact`.
+    """
     slack = MIDPOINT_SLACK * exact.abs().amax(dim=-1, keepdim=True)
-    return torch.where((stored - exact).abs() <= (rounded - exact).abs() + slack, stored, rounded)
+    found, best = stored - exact, rounded - exact
+    if whole_rows:
+        found, best = found.norm(dim=-1, keepdim=True), ROUNDED_ANEW * best.norm(dim=-1, keepdim=True)
+    return torch.where(found.abs() <= best.abs() + slack, stored, rounded)
