@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stratakv.errors import ConfigurationError
+from stratakv.units import whole
 
 Run = tuple[int, int]
 """(first absolute position, number of consecutive positions)."""
@@ -40,9 +41,14 @@ class KeepPlan:
     floor: int
 
     def __post_init__(self) -> None:
-        ends = [0, *(first + count for first, count in self.runs)]
-        if any(first < end or count < 1 for (first, count), end in zip(self.runs, ends, strict=False)):
-            raise ConfigurationError(f"runs must be (position, count) that rise without overlap, got {self.runs}")
+        if any(len(run) != 2 for run in self.runs):
+            raise ConfigurationError(f"runs must be (position, count), got {self.runs}")
+        runs = tuple((whole("a position", first), whole("positions", count)) for first, count in self.runs)
+        object.__setattr__(self, "runs", runs)
+        object.__setattr__(self, "floor", whole("the floor", self.floor))
+        ends = [0, *(first + count for first, count in runs)]
+        if any(first < end or count < 1 for (first, count), end in zip(runs, ends, strict=False)):
+            raise ConfigurationError(f"runs must be (position, count) that rise without overlap, got {runs}")
 
 
 @dataclass(frozen=True, slots=True)

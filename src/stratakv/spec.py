@@ -16,6 +16,7 @@ from typing import Any
 from blake3 import blake3
 
 from stratakv.errors import ConfigurationError
+from stratakv.units import whole
 
 PAGE_ALIGNMENT = 64
 """Bytes. A cache line, and the width of the widest vector register that the kernels load."""
@@ -87,6 +88,12 @@ class Retention:
 
     window: int | None = None
     sinks: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "window", None if self.window is None else whole("a window", self.window))
+        object.__setattr__(self, "sinks", whole("sinks", self.sinks))
+        if (self.window is not None and self.window < 1) or self.sinks < 0:
+            raise ConfigurationError(f"a window is at least 1 and sinks at least 0, got {self}")
 
     def most_rows(self, n_tokens: int) -> int:
         """How many of `n_tokens` tokens the query at the last of them sees."""

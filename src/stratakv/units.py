@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from fractions import Fraction
 from typing import Any
 
 from stratakv.errors import ConfigurationError
@@ -34,7 +35,7 @@ def parse_bytes(size: float | str) -> int:
     """
     if isinstance(size, str):
         found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?b?\s*", size.lower())
-        n_bytes = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+        n_bytes = int(Fraction(found[1]) * _UNITS[found[2] or ""]) if found else 0
     else:
         n_bytes = whole("a size in bytes", int(size) if isinstance(size, float) and size.is_integer() else size)
     if n_bytes < 1:

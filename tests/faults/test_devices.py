@@ -14,8 +14,10 @@ import torch
 
 import stratakv as sk
 from stratakv.errors import ConfigurationError, StateError
+from stratakv.integrations.transformers.arguments import whole_numbers
 from stratakv.plan import KeepPlan
 from stratakv.policies import Window
+from stratakv.spec import Retention
 from stratakv.testing.running import assert_logits_equal, fed_logits, random_ids, uncached_logits
 from stratakv.testing.tiny import tiny_gemma3, tiny_llama, tiny_t5
 from stratakv.testing.ways import WAYS, model_for, small_cache
@@ -137,6 +139,80 @@ def test_repeating_a_forward_that_stopped_changes_neither_half() -> None:
     assert {len(half.batch.sequences) for half in (cache.self_attention_cache, cache.cross_attention_cache)} == {2}
 
 
+WRONG_NUMBERS = {
+    "a truth": [True, 2],
+    "a truth in rows": [[1, 2], [np.True_, 2]],
+    "beyond int64": torch.tensor([2**64 - 1], dtype=torch.uint64),
+    "an array beyond int64": np.array([2**64 - 1], dtype=np.uint64),
+    "sparse": torch.tensor([0, 1]).to_sparse(),
+    "bytes": bytearray(b"ab"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_NUMBERS)
+def test_numbers_that_are_almost_whole_are_refused(kind: str) -> None:
+    with pytest.raises(ConfigurationError, match="indices must be whole numbers"):
+        whole_numbers("indices", WRONG_NUMBERS[kind])
+
+
+@pytest.mark.parametrize("given", [[1, 2], np.array([1, 2], np.uint64), torch.tensor([1, 2], dtype=torch.uint16)])
+def test_whole_numbers_of_any_kind_are_taken(given: Any) -> None:
+    assert whole_numbers("indices", given).tolist() == [1, 2]
+
+
+class Numpys(Window):
+    """Says the same as a window in numpy's numbers."""
+
+    def retention(self, layer: int, head: int) -> Retention:
+        found = super().retention(layer, head)
+        return Retention(np.int64(found.window), np.int64(found.sinks))  # type: ignore[arg-type]
+
+    def keep(self, *given: Any) -> KeepPlan | None:
+        plan = super().keep(*given)
+        return plan and KeepPlan(tuple((np.int64(a), np.int64(n)) for a, n in plan.runs), np.int64(plan.floor))  # type: ignore[misc, arg-type]
+
+
+def test_a_policy_may_count_in_numpys_numbers(tmp_path: Path) -> None:
+    model = model_for("attached", tiny_llama)
+    caches = [small_cache(model, policy=kind(8, sinks=4), block_tokens=4) for kind in (Window, Numpys)]
+    expected, found = (fed_logits(model, cache, random_ids(1, 40), [10] * 4) for cache in caches)
+    assert torch.equal(found, expected)
+    caches[1].save(tmp_path / "cache")
+    assert sk.KVCache.load(tmp_path / "cache", model).stored_tokens == caches[0].stored_tokens < 40
+
+
+@pytest.mark.parametrize("wrong", [(2.5, 0), (True, 0), (0, 0), (4, -1), (4, "1")])
+def test_what_is_no_window_is_refused(wrong: tuple[Any, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        Retention(*wrong)
+    with pytest.raises(ConfigurationError):
+        KeepPlan(((0, 2, 3),), 6)  # type: ignore[arg-type]
+
+
+def test_no_prompt_is_refused_and_the_cache_stays(tmp_path: Path) -> None:
+    model, ids = model_for("gathered", tiny_llama), random_ids(1, 9)
+    cache = small_cache(model)
+    fed_logits(model, cache, ids)
+    cache.save(tmp_path / "cache", token_ids=ids)
+    cache = sk.KVCache.load(tmp_path / "cache", model)
+    prompts: tuple[Any, ...] = (5, [], [[]], torch.zeros(0, dtype=torch.long), [[[1]]])
+    for prompt in prompts:
+        with pytest.raises(ConfigurationError, match="one prompt"):
+            cache.match_prefix(prompt)
+        assert cache.seen_tokens == 9
+
+
+@pytest.mark.parametrize("mask", [[True], np.array([True, False]), torch.tensor([True, False, True, True])])
+def test_a_mask_of_sequences_has_one_truth_value_for_each(mask: Any) -> None:
+    model = model_for("gathered", tiny_llama)
+    cache = small_cache(model)
+    fed_logits(model, cache, random_ids(3, 5))
+    with pytest.raises(ConfigurationError, match=r"a mask of 3|whole numbers"):
+        cache.batch_select_indices(mask)
+    cache.batch_select_indices(np.array([True, False, True]))
+    assert len(cache.batch.sequences) == 2
+
+
 @pytest.mark.parametrize("wrong", [0.5, True, "ids"])
 def test_what_are_no_token_ids_is_refused_and_changes_nothing(wrong: Any, tmp_path: Path) -> None:
     model, ids = model_for("gathered", tiny_llama), random_ids(1, 9)
@@ -169,10 +245,9 @@ def test_positions_to_keep_are_whole_and_are_kept_as_plain_numbers(tmp_path: Pat
     model, ids = model_for("attached", tiny_llama), random_ids(1, 12)
     cache = small_cache(model)
     fed_logits(model, cache, ids)
-    for plan in (KeepPlan(((0, 2.5),), 8), KeepPlan(((0, 4),), 8.5)):  # type: ignore[arg-type]  # on purpose
+    for runs, floor in ((((0, 2.5),), 8), (((0, 4),), 8.5)):
         with pytest.raises(ConfigurationError, match="must be a whole number"):
-            cache.compact(plan)
-    assert cache.stored_tokens == 12
+            KeepPlan(runs, floor)  # type: ignore[arg-type]  # on purpose
     cache.compact(KeepPlan(((KINDS["numpy"](0), KINDS["tensor"](4)), (8, 4)), KINDS["numpy"](12)))
     assert cache.stored_tokens == 8
     cache.save(tmp_path / "cache")

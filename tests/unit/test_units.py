@@ -18,6 +18,8 @@ from stratakv.units import format_bytes, parse_bytes, whole
         (1, 1),
         (4096, 4096),
         (2**60 + 1, 2**60 + 1),
+        (str(2**60 + 1), 2**60 + 1),
+        ("9" * 400, int("9" * 400)),
         (2e9, 2_000_000_000),
         (np.int64(7), 7),
         ("7", 7),

@@ -209,8 +209,6 @@ class SequenceBatch:
             ConfigurationError: positions that are not stored. Nothing was changed.
         """
         self.check_between_steps()
-        runs = tuple((whole("a position", first), whole("positions", n)) for first, n in plan.runs)
-        plan = KeepPlan(runs, whole("the floor", plan.floor))
         self._complete = None
         groups = [g for g, group in enumerate(self.memory.spec.groups) if group.imposed or not group.retention.window]
         tables = [(sequence, g) for sequence in self.sequences for g in groups if sequence.tables[g].runs != plan.runs]

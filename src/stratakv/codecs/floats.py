@@ -34,7 +34,7 @@ class FloatCodec(Codec):
 
     def decode(self, layout: PageLayout, pages: Tensor, out: Tensor) -> None:
         """Copy and convert whole pages."""
-        out.copy_(self._numbers(layout, pages))
+        put(self._numbers(layout, pages), out)
 
     def move(self, layout: PageLayout, pages: Tensor, new_layout: PageLayout, new_pages: Tensor) -> None:
         """The rows are the page's first bytes."""
@@ -43,7 +43,7 @@ class FloatCodec(Codec):
 
     def rounded(self, values: Tensor) -> Tensor:
         """To `dtype` and back."""
-        return self._converted(values).to(values.dtype)
+        return saturated(self._converted(values), values.dtype)
 
     def scrub(self, layout: PageLayout, pages: Tensor, n_rows: int) -> None:
         """Zero the rows and the padding behind them."""
@@ -102,3 +102,9 @@ def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
     converted = values.to(dtype)
     overflowed = converted.isinf() & values.isfinite()
     return torch.where(overflowed, torch.full_like(converted, largest).copysign(converted), converted)
+
+
+def put(values: Tensor, out: Tensor) -> None:
+    """Write `values` into `out`; finite ones that are too large for its dtype become the largest number of that."""
+    is_held = torch.finfo(values.dtype).max <= torch.finfo(out.dtype).max
+    out.copy_(values if is_held else saturated(values, out.dtype))

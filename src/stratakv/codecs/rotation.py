@@ -6,30 +6,22 @@ Ashkboos et al. 2024, arXiv:2404.00456).
 
 from __future__ import annotations
 
-import functools
-import math
-
 import torch
 from torch import Tensor
 
 
-@functools.cache
-def hadamard(size: int) -> Tensor:
-    """fp32 `[size, size]`, symmetric and its own inverse, by Sylvester's construction; `size` is a power of two."""
-    with torch.inference_mode(mode=False):  # kept for forwards that are not in that mode, too
-        matrix = torch.ones(1, 1, device="cpu")
-        while len(matrix) < size:
-            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-        return matrix / math.sqrt(size)
-
-
 def rotated(rows: Tensor) -> Tensor:
-    """`rows` `[..., head_dim]` in fp32, rotated in blocks of the largest power of two that divides head_dim.
+    """`rows` `[..., head_dim]`, by Hadamard matrices of the largest power of two that divides head_dim.
 
-    Twice is the identity, but for rounding. With an odd head dim nothing is rotated.
+    Twice is the identity, but for rounding. With an odd head dim nothing is rotated. By sums and differences of pairs,
+    always in the same order: what a product of matrices gives in the last bits depends on how many rows it has, on
+    autocast and on torch's precision settings, and a row's bytes have to depend on the row alone.
     """
     size = rows.shape[-1] & -rows.shape[-1]
-    if size == 1:
-        return rows
-    found: Tensor = (rows.unflatten(-1, (-1, size)) @ hadamard(size).to(rows.device)).flatten(-2)
+    step = 1
+    while step < size:
+        a, b = rows.unflatten(-1, (rows.shape[-1] // (2 * step), 2, step)).unbind(-2)
+        rows = torch.stack((a + b, a - b), -2).flatten(-3)
+        step *= 2
+    found: Tensor = rows * size**-0.5
     return found

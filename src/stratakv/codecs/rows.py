@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stratakv.codecs.base import Codec
-from stratakv.codecs.floats import saturated
+from stratakv.codecs.floats import put, saturated
 from stratakv.codecs.rotation import rotated
 from stratakv.errors import ConfigurationError
 from stratakv.spec import PageLayout, aligned
@@ -42,7 +42,7 @@ class RowCodec(Codec):
 
     def decode(self, layout: PageLayout, pages: Tensor, out: Tensor) -> None:
         """Widen whole pages."""
-        out.copy_(self._decoded(*self._parts(layout, pages)))
+        put(self._decoded(*self._parts(layout, pages)), out)
 
     def move(self, layout: PageLayout, pages: Tensor, new_layout: PageLayout, new_pages: Tensor) -> None:
         """Numbers and scales, as they are."""
@@ -52,7 +52,7 @@ class RowCodec(Codec):
 
     def rounded(self, values: Tensor) -> Tensor:
         """Coded and back."""
-        return self._decoded(*self._coded(values)).to(values.dtype)
+        return saturated(self._decoded(*self._coded(values)), values.dtype)
 
     def scrub(self, layout: PageLayout, pages: Tensor, n_rows: int) -> None:
         """Zero the rows, their scales and all padding."""

@@ -18,6 +18,7 @@ from stratakv.codecs import Codec
 from stratakv.integrations.transformers.compat import DynamicCache
 
 ROUNDED_ANEW = 1.5
+"""How much farther from the exact row a row with another scale may be than the nearest one."""
 MIDPOINT_SLACK = 1e-4
 """How far from the middle between two stored numbers the side is left open, relative to the row's largest number."""
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from stratakv.errors import ConfigurationError
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8)
+
 
 def whole_numbers(name: str, given: Any) -> Tensor:
     """int64 on the CPU, in the shape of `given`; nothing is rounded, and truth values are no numbers.
@@ -16,10 +18,24 @@ def whole_numbers(name: str, given: Any) -> Tensor:
     Raises:
         ConfigurationError: anything else; `name` says what it was for.
     """
+    if isinstance(given, (bytes, bytearray, memoryview)) or (isinstance(given, (list, tuple)) and _has_truth(given)):
+        raise ConfigurationError(f"{name} must be whole numbers, got {given!r}")
     try:
         found = torch.as_tensor(given, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"{name} must be whole numbers, got {type(given).__name__}: {error}") from error
-    if found.numel() and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
-        raise ConfigurationError(f"{name} must be whole numbers, got {found.dtype}")
-    return found.long()
+    if isinstance(given, (list, tuple)) and not found.numel():
+        found = found.long()  # torch takes an empty list for floats
+    if found.layout != torch.strided or found.dtype not in _INTEGERS:
+        raise ConfigurationError(f"{name} must be whole numbers, got {found.dtype}, {found.layout}")
+    numbers = found.long()
+    if found.dtype == torch.uint64 and bool((numbers < 0).any()):
+        raise ConfigurationError(f"{name} must be whole numbers below 2**63, got {given!r}")
+    return numbers
+
+
+def _has_truth(given: Any) -> bool:
+    """Whether a truth value stands among the numbers of nested lists, where torch would take it for 0 or 1."""
+    if isinstance(given, (list, tuple)):
+        return any(map(_has_truth, given))
+    return isinstance(given, bool) or str(getattr(given, "dtype", "")) in ("bool", "torch.bool")

@@ -76,7 +76,7 @@ class KVCache(CacheState):
 
         Args:
             model: a transformers model with a decoder.
-            format: how keys and values are stored: `fp32`, `bf16`, `fp16`. None: as the model computes, exactly.
+            format: how keys and values are stored, one of `codec_names()`. None: as the model computes, exactly.
             k_format: the same for keys alone.
             v_format: the same for values alone.
             layout: `paged` (slabs of blocks; growth copies nothing), `contiguous` (preallocated, takes `capacity`) or
@@ -254,10 +254,10 @@ class KVCache(CacheState):
 
         Raises:
             StateError: the cache does not know its tokens (it was not saved with `token_ids`), or holds a batch.
-            ConfigurationError: no prompt. Nothing was changed.
+            ConfigurationError: not one prompt of at least one token. Nothing was changed.
         """
         prompt = whole_numbers("token_ids", token_ids)
-        if prompt.shape[:-1] not in ((), (1,)):
+        if prompt.shape not in ((prompt.numel(),), (1, prompt.numel())) or not prompt.numel():
             raise ConfigurationError(f"token_ids must be one prompt, [n] or [1, n], got {tuple(prompt.shape)}")
         if self.token_ids is None or len(self.token_ids) != 1:
             raise StateError("only a cache of one sequence whose token ids are known can be matched with a prompt")

@@ -306,9 +306,11 @@ class CacheState(Cache):  # type: ignore[misc]  # transformers is untyped
         """
         self.batch.check_between_steps()
         n = len(self.batch.sequences)
-        is_mask = torch.is_tensor(indices) and indices.dtype == torch.bool and len(indices.shape) == 1
-        if is_mask and (not n or len(indices) == n):
-            indices = indices.nonzero().flatten()
+        if str(getattr(indices, "dtype", "")) in ("bool", "torch.bool"):
+            mask = torch.as_tensor(indices)
+            if mask.shape != ((n or mask.numel()),):
+                raise ConfigurationError(f"a mask of {n} sequences is [{n}], got the shape {tuple(mask.shape)}")
+            indices = mask.nonzero().flatten()
         chosen = whole_numbers("indices", indices)
         if chosen.dim() != 1:
             raise ConfigurationError(f"indices of sequences are a list, got the shape {tuple(chosen.shape)}")
