@@ -6,6 +6,7 @@ places in memory carry the arena's `version`: blocks that moved since make them 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,10 +25,32 @@ def run_length(runs: tuple[Run, ...] | list[Run]) -> int:
     return sum(count for _, count in runs)
 
 
+def join_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """The same positions, rising, in as few runs as there can be."""
+    joined: list[Run] = []
+    for first, count in runs:
+        if joined and sum(joined[-1]) == first:
+            joined[-1] = (joined[-1][0], joined[-1][1] + count)
+        else:
+            joined.append((first, count))
+    return tuple(joined)
+
+
 def clip_runs(runs: tuple[Run, ...] | list[Run], start: int, stop: int) -> tuple[Run, ...]:
     """The part of `runs` whose positions are in [start, stop)."""
     clipped = ((max(first, start), min(first + count, stop)) for first, count in runs)
     return tuple((first, last - first) for first, last in clipped if first < last)
+
+
+def without_first(runs: Iterable[Run], skip: int) -> tuple[Run, ...]:
+    """The positions of `runs` but for the first `skip`."""
+    left = []
+    for first, count in runs:
+        drop = min(skip, count)
+        skip -= drop
+        if count > drop:
+            left.append((first + drop, count - drop))
+    return tuple(left)
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,9 @@ class GroupSpec:
 
     `retention` limits what its queries see. `imposed` tells whose limit that is: False for the model's own sliding
     window, which the model's mask expresses too; True for a policy's, which it does not.
+
+    `recent_of` names the group of the same heads whose last rows this one holds as well, in 16 bits; those are read
+    here and not there. Its retention says which rows it holds, not what queries see.
     """
 
     name: str
@@ -113,6 +116,17 @@ class GroupSpec:
     block_tokens: int
     retention: Retention = Retention()
     imposed: bool = False
+    recent_of: int | None = None
+
+    @property
+    def k_format(self) -> str:
+        """How keys are stored."""
+        return self.members[0].k_layout.format
+
+    @property
+    def v_format(self) -> str:
+        """How values are stored."""
+        return self.members[0].v_layout.format
 
     @cached_property
     def bytes_per_block(self) -> int:
@@ -150,20 +164,35 @@ class CacheSpec:
 
     @cached_property
     def locations(self) -> dict[int, tuple[tuple[int, int], ...]]:
-        """For each layer index, the (group, member) pairs that together hold all its heads."""
+        """For each layer index, the (group, member) pairs that together hold all its heads, recent copies left out."""
         found: dict[int, list[tuple[int, int]]] = {layer.index: [] for layer in self.layers}
         for g, group in enumerate(self.groups):
             for m, member in enumerate(group.members):
-                found[member.layer].append((g, m))
+                if group.recent_of is None:
+                    found[member.layer].append((g, m))
         return {index: tuple(pairs) for index, pairs in found.items()}
 
+    @cached_property
+    def recents(self) -> dict[int, int]:
+        """For each group whose last rows another one holds in 16 bits as well, that other group. Members agree."""
+        return {group.recent_of: g for g, group in enumerate(self.groups) if group.recent_of is not None}
+
     def bytes_per_token(self) -> int:
-        """Bytes that one stored token takes over all groups, page padding and scales included, rounded up."""
-        return sum(group.bytes_per_token for group in self.groups)
+        """Bytes that one more token takes, page padding and scales included, rounded up.
+
+        Groups with a window count as long as it is not full; copies of recent rows do not, since they are replaced.
+        """
+        return sum(group.bytes_per_token for group in self.groups if group.recent_of is None)
 
     def bytes_read(self, n_tokens: int) -> int:
         """Bytes that attention of one query reads of `n_tokens` tokens: of windows only the rows in them."""
-        return sum(group.bytes_per_token * group.retention.most_rows(n_tokens) for group in self.groups)
+        total = 0
+        for g, group in enumerate(self.groups):
+            n_rows = group.retention.most_rows(n_tokens)
+            if g in self.recents:
+                n_rows -= self.groups[self.recents[g]].retention.most_rows(n_rows)
+            total += group.bytes_per_token * n_rows
+        return total
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for files and fingerprints."""
@@ -192,6 +221,7 @@ class CacheSpec:
                 group["block_tokens"],
                 Retention(**group["retention"]),
                 group["imposed"],
+                group["recent_of"],
             )
             for group in data["groups"]
         )

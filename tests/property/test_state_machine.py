@@ -24,7 +24,8 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from stratakv.blocks.arena import Arena
-from stratakv.blocks.batch import Checkpoint, SequenceBatch
+from stratakv.blocks.batch import SequenceBatch
+from stratakv.blocks.checkpoint import Checkpoint
 from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
 from stratakv.blocks.view import KVView

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from stratakv.blocks.arena import Arena
 from stratakv.blocks.geometry import build_spec, with_block_tokens
-from stratakv.codecs import get_codec
 from stratakv.errors import InvariantError
 from stratakv.plan import BlockTable, ReadPlan, WritePlan
 from stratakv.spec import LayerSpec
@@ -20,7 +19,7 @@ LAYERS = [LayerSpec(0, 2, 8, 4), LayerSpec(1, 3, 5, 16)]
 
 def arena_of(*slabs: int, name: str = "fp32", span: int = SPAN) -> Arena:
     spec = build_spec(LAYERS, k_format=name, v_format=name, block_tokens=span)
-    arena = Arena(spec.groups[0], get_codec(name), get_codec(name), torch.get_default_device())
+    arena = Arena(spec.groups[0], torch.get_default_device())
     for n_blocks in slabs:
         arena.extend(arena.new_slabs(n_blocks, arena.spec))
     return arena

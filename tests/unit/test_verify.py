@@ -14,7 +14,8 @@ from torch import Tensor
 from stratakv.blocks import memory
 from stratakv.blocks.advance import Advance, plan_advance
 from stratakv.blocks.arena import Arena
-from stratakv.blocks.batch import Checkpoint, SequenceBatch
+from stratakv.blocks.batch import SequenceBatch
+from stratakv.blocks.checkpoint import Checkpoint
 from stratakv.blocks.sequence import Growth
 from stratakv.blocks.view import KVView
 from stratakv.errors import ConfigurationError

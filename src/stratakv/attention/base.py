@@ -113,7 +113,7 @@ def check_call(query: Tensor, view: KVView, options: AttentionOptions) -> None:
                     f"a mask is a dense tensor of bool or floats, a bias of floats; got {table.dtype}, {table.layout}"
                 )
             for part in view.parts:
-                _check_table(table, options.mask_offset, query, part.plan.runs)
+                _check_table(table, options.mask_offset, query, part.runs)
 
 
 def _check_table(table: Tensor, offset: int, query: Tensor, runs: Sequence[tuple[int, int]]) -> None:

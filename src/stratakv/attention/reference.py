@@ -45,7 +45,7 @@ class ReferenceBackend(AttentionBackend):
         for part in view.parts:
             heads = query_heads(part, group)
             keys, values = part.read(compute)
-            for chosen, seen in _portions(n_new, n_sequences * len(heads) * part.plan.n_rows, view, query.device):
+            for chosen, seen in _portions(n_new, n_sequences * len(heads) * part.n_rows, view, query.device):
                 scores_mask = _Columns(part, options, heads, chosen, seen)
                 o, s = _attend(query[:, heads, chosen].to(compute), keys, values, scores_mask, options)
                 out[:, heads, chosen], lse[:, heads, chosen] = o.to(query.dtype), s
@@ -116,7 +116,7 @@ def _aligned(
     if table is None:
         return None
     first = int(rows[0]) - offset if len(rows) else 0
-    columns = table[..., first : first + len(rows)] if part.plan.is_one_run else table[..., rows - offset]
+    columns = table[..., first : first + len(rows)] if len(part.runs) <= 1 else table[..., rows - offset]
     columns = columns[:, heads] if columns.shape[1] > 1 else columns
     return columns[:, :, chosen] if columns.shape[2] > 1 else columns
 

@@ -40,6 +40,8 @@ SPEEDUP_TARGET = 4.0
 LONGEST = 1 << 20
 CACHES = 4
 """The working set, in sizes of the last-level cache."""
+PART = 4096
+"""Tokens that are fed at once."""
 SHORTEST = 256
 """Tokens. Thousands of layers with fewer would be needed to leave the processor's own caches."""
 
@@ -181,7 +183,7 @@ def _measure(
     backend: CpuBackend, shape: Shape, name: str, n_tokens: int, rounds: int, block_tokens: int, reporter: Progress
 ) -> Point:
     layer = LayerSpec(0, shape.n_kv_heads, shape.head_dim, shape.head_dim)
-    bytes_read = n_tokens * build_spec([layer], k_format=name, v_format=name).bytes_per_token()
+    bytes_read = build_spec([layer], k_format=name, v_format=name).bytes_read(n_tokens)
     working_set = CACHES * last_level_cache()
     n_layers = max(-(-working_set // bytes_read), 2)
     layers = [replace(layer, index=i) for i in range(n_layers)]
@@ -193,7 +195,9 @@ def _measure(
     query = torch.randn(1, shape.n_query_heads, 1, shape.head_dim, generator=generator).to(dtype)
     grouped = query.view(1, shape.n_kv_heads, -1, shape.head_dim)
     options = AttentionOptions(shape.head_dim**-0.5)
-    plain = [(keys.clone(), values.clone()) for keys, values in (view.gather(dtype) for view in views)]
+    plain_bytes = 2 * n_tokens * shape.n_kv_heads * shape.head_dim * dtype.itemsize
+    gathered = (view.gather(dtype) for view in views[: max(-(-working_set // plain_bytes), 2)])
+    plain = [(keys.clone(), values.clone()) for keys, values in gathered]
     words = zeros(max(working_set, bytes_read * n_layers) // 8 * 8).view(torch.int64).fill_(1)
 
     def paged(view: KVView) -> Tensor:
@@ -239,8 +243,10 @@ def _each(call: Callable[[Any], object], over: Sequence[Any]) -> float:
 
 
 def _filled(spec: CacheSpec, n_tokens: int, generator: torch.Generator) -> SequenceBatch:
+    """A cache of random rows, a part at a time, so that no format holds all of them in 16 bits meanwhile."""
     batch = SequenceBatch(Memory(spec, device=torch.device("cpu")))
-    for n in (n_tokens - 1, 1):  # the newest token is the one that attends
+    rest = n_tokens - 1  # the newest token is the one that attends
+    for n in (*[PART] * (rest // PART), *[rest % PART] * bool(rest % PART), 1):
         batch.begin(1, n)
         for layer in spec.layers:
             shape = (1, layer.n_kv_heads, n, layer.k_dim)

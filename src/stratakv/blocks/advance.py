@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from stratakv.blocks.compaction import Compaction, plan_compaction
+from stratakv.blocks.geometry import rows_coded_together
 from stratakv.blocks.sequence import GroupTable, Growth, Ledger, Sequence
 from stratakv.plan import KeepPlan
 from stratakv.spec import GroupSpec
@@ -34,6 +35,7 @@ def plan_advance(
 
     Raises:
         ConfigurationError: a change names positions that are not stored.
+        UnsupportedError: rows that are coded together would part.
     """
     compactions, growths, n_free = [], [], []
     for g, (group, pool) in enumerate(zip(groups, ledger.pools, strict=True)):
@@ -44,7 +46,7 @@ def plan_advance(
             if own_group != g:
                 continue
             table = sequence.tables[g]
-            change = plan_compaction(table.block_ids, table.runs, group.block_tokens, plan)
+            change = plan_compaction(table.block_ids, table.runs, group.block_tokens, plan, rows_coded_together(group))
             compactions.append((sequence, g, plan, change))
             tables[id(sequence)] = GroupTable([*change.kept, *[_COMING] * change.n_new], plan.runs)
             leaving.update(change.dropped)

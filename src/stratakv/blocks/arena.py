@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from stratakv.blocks.ram import LEAST_BYTES, zeros, zeros_on
-from stratakv.codecs import Codec
+from stratakv.codecs import Codec, get_codecs
 from stratakv.errors import InvariantError, StateError
-from stratakv.plan import BlockTable, ReadPlan, Segment, WritePlan
+from stratakv.plan import ReadPlan, Segment, WritePlan
 from stratakv.spec import GroupSpec, Member
 
 SLAB_BLOCKS = 16
 """A slab has up to this many blocks, so that a good part of a long prompt's can be given back one by one."""
+FEW_BLOCKS = 64
+"""Of recent rows few blocks stay of a long prompt's, so that the first ones are in slabs of two."""
 
 _Pages = Callable[[Tensor, Member], Tensor]
 
@@ -36,10 +38,9 @@ class Slab:
 class Arena:
     """Pages of one group, in slabs that are added and removed whole: growth copies nothing."""
 
-    def __init__(self, spec: GroupSpec, k_codec: Codec, v_codec: Codec, device: torch.device) -> None:
+    def __init__(self, spec: GroupSpec, device: torch.device) -> None:
         self.spec = spec
-        self.k_codec = k_codec
-        self.v_codec = v_codec
+        self.k_codec, self.v_codec = get_codecs(spec.k_format, spec.v_format)
         self.device = device
         self.slabs: list[Slab] = []
         self.bytes_copied = 0  # by growth; copies on write and compactions are not growth
@@ -63,12 +64,13 @@ class Arena:
         Raises:
             MemoryError: the system has no room for them.
         """
-        first = self.n_blocks
-        return [
-            Slab(first + done, n, self._new_members(n, spec))
-            for done in range(0, n_blocks, SLAB_BLOCKS)
-            for n in (min(SLAB_BLOCKS, n_blocks - done),)
-        ]
+        slabs, first, end = [], self.n_blocks, self.n_blocks + n_blocks
+        while first < end:
+            is_few = spec.recent_of is not None and first < FEW_BLOCKS
+            n = min(2 if is_few else SLAB_BLOCKS, end - first)
+            slabs.append(Slab(first, n, self._new_members(n, spec)))
+            first += n
+        return slabs
 
     def extend(self, slabs: Sequence[Slab]) -> None:
         """Take in slabs of `new_slabs`."""
@@ -143,7 +145,7 @@ class Arena:
                 found.append(Segment(sequence, slab, index, 1, at))
         return found
 
-    def write(self, member: int, plan: WritePlan, keys: Tensor, values: Tensor) -> None:
+    def write(self, member: int, plan: WritePlan, keys: Tensor, values: Tensor, *, in_groups: bool = False) -> None:
         """Store new rows of one member.
 
         Args:
@@ -151,6 +153,8 @@ class Arena:
             plan: where the rows go.
             keys: `[n_sequences, n_heads, n_tokens, k_dim]`, the member's heads only.
             values: `[n_sequences, n_heads, n_tokens, v_dim]`.
+            in_groups: store those of keys and values whose rows are coded together, or only the others. `plan` then
+                begins with a group, and ends with one or with the last row there will be.
 
         Raises:
             StateError: blocks moved since the plan was made. Nothing was written.
@@ -164,7 +168,9 @@ class Arena:
                 (self.k_codec, spec.k_layout, _k_pages(pages, spec), keys),
                 (self.v_codec, spec.v_layout, _v_pages(pages, spec), values),
             ):
-                codec.encode(layout, part, place.block, place.row, new if place.chosen is None else new[place.chosen])
+                if (codec.group_rows(layout.block_tokens) > 1) == in_groups:
+                    chosen = new if place.chosen is None else new[place.chosen]
+                    codec.encode(layout, part, place.block, place.row, chosen)
 
     def read(self, member: int, plan: ReadPlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The stored rows of one member, decoded.
@@ -219,16 +225,29 @@ class Arena:
                 to[j].copy_(from_[i])
 
     def move_rows(self, rows: Sequence[int], old_blocks: Sequence[int], new_blocks: Sequence[int]) -> None:
-        """Copy `rows`, numbered in a table of `old_blocks`, to the rows 0, 1, ... of a table of `new_blocks`."""
+        """Copy `rows`, numbered in a table of `old_blocks`, to the rows 0, 1, ... of a table of `new_blocks`.
+
+        They are copied as they are stored: what was rounded once is not rounded again.
+        """
         span = self.spec.block_tokens
-        n_old = max(rows) + 1
-        blocks = BlockTable(1, tuple(self.segments(0, old_blocks[: -(-n_old // span)])))
-        reading = ReadPlan(blocks, n_old, 0, span, (), self.version)
         writing = WritePlan(len(rows), 0, span, (tuple(self.locate(block) for block in new_blocks),), self.version)
-        index = torch.tensor(rows, device="cpu")
-        for m in range(len(self.spec.members)):
-            keys, values = self.read(m, reading, torch.float32)
-            self.write(m, writing, keys[:, :, index], values[:, :, index])
+        moved = torch.tensor(rows, device="cpu")
+        homes = [self.locate(old_blocks[row // span]) for row in rows]
+        old_slab, old_block = torch.tensor(homes, device="cpu").unbind(1)
+        for place in writing.places:
+            chosen = torch.arange(len(rows), device="cpu") if place.chosen is None else place.chosen
+            for slab in old_slab[chosen].unique().tolist():
+                which = old_slab[chosen] == slab
+                taken = (old_block[chosen][which], moved[chosen][which] % span)
+                placed = (place.block[which], place.row[which])
+                for m, spec in enumerate(self.spec.members):
+                    source, target = (self.slabs[s].members[m] for s in (slab, place.slab))
+                    for codec, layout, pages_of in (
+                        (self.k_codec, spec.k_layout, _k_pages),
+                        (self.v_codec, spec.v_layout, _v_pages),
+                    ):
+                        stored = codec.take(layout, pages_of(source, spec), *taken)
+                        codec.place(layout, pages_of(target, spec), *placed, stored)
 
     def dump(self, block_ids: Sequence[int], n_rows: int) -> list[Tensor]:
         """Copies of the blocks of one sequence, one uint8 `[n_blocks, member.nbytes]` a member, stale rows cleared."""

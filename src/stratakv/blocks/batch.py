@@ -7,33 +7,19 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from stratakv.blocks.checkpoint import Checkpoint
+from stratakv.blocks.geometry import rows_coded_together
+from stratakv.blocks.groups import write_groups
 from stratakv.blocks.interrupts import uninterrupted
 from stratakv.blocks.memory import Memory
 from stratakv.blocks.plans import Plans, Step
 from stratakv.blocks.sequence import Sequence
 from stratakv.blocks.view import KVPart, KVView
 from stratakv.errors import CapacityError, ConfigurationError, StateError, UnsupportedError
-from stratakv.plan import KeepPlan, ReadPlan
+from stratakv.plan import KeepPlan, ReadPlan, Run, clip_runs, join_runs
 from stratakv.policies import RetentionPolicy, Window
 from stratakv.spec import LayerSpec
 from stratakv.units import whole
-
-
-class Checkpoint:
-    """A state to come back to. It holds its blocks until it is released or garbage collected."""
-
-    def __init__(self, memory: Memory, sequences: Seq[Sequence], seen_tokens: int) -> None:
-        self.memory = memory
-        self.sequences = tuple(memory.fork(sequence, as_checkpoint=True) for sequence in sequences)
-        self.seen_tokens = seen_tokens
-        self.released = False
-
-    @uninterrupted
-    def release(self) -> None:
-        """Let go of the blocks; the checkpoint can no longer be rolled back to."""
-        self.memory.release(self.sequences)
-        self.sequences = ()
-        self.released = True
 
 
 class SequenceBatch:
@@ -125,7 +111,11 @@ class SequenceBatch:
             heads = self.memory.spec.groups[g].members[m].heads
             every = len(heads) == keys.shape[1]
             part = (keys, values) if every else (keys[:, heads], values[:, heads])
-            self.memory.arenas[g].write(m, self._plans.write(self.sequences, step, g), *part)
+            for held in (g, self.memory.spec.recents.get(g)):
+                if held is not None:
+                    self.memory.arenas[held].write(m, self._plans.write(self.sequences, step, held), *part)
+            if rows_coded_together(self.memory.spec.groups[g]) > 1:
+                write_groups(self.memory, self._plans, self.sequences, step, (g, m), *part)
         step.written.add(layer)
         if len(step.written) == len(self.memory.spec.layers):
             self._commit(step)
@@ -173,13 +163,21 @@ class SequenceBatch:
         seen = self.layer_length(layer)
         parts = []
         for g, m in spec.locations[layer]:
-            group = spec.groups[g]
-            plan = self._plans.read(self.sequences, step, g, seen)
-            retention = group.retention if group.imposed else None
-            parts.append(KVPart(group.members[m].heads, self.memory.arenas[g], m, plan, retention))
+            recent = spec.recents.get(g)
+            parts.append(
+                self._part(step, g, m, seen, None if recent is None else self._part(step, recent, m, seen, None))
+            )
         shape = spec.layers_by_index[layer]
         sizes = (len(self.sequences), shape.n_kv_heads, shape.k_dim, shape.v_dim)
         return KVView(layer, *sizes, seen - n_new, n_new, tuple(parts))
+
+    def _part(self, step: Step | None, g: int, m: int, seen: int, recent: KVPart | None) -> KVPart:
+        spec = self.memory.spec
+        group = spec.groups[g]
+        limit = group if group.recent_of is None else spec.groups[group.recent_of]
+        plan = self._plans.read(self.sequences, step, g, seen)
+        retention = limit.retention if limit.imposed else None
+        return KVPart(group.members[m].heads, self.memory.arenas[g], m, plan, retention, recent)
 
     @uninterrupted
     def evict(self) -> None:
@@ -190,15 +188,19 @@ class SequenceBatch:
     def _evictions(self) -> list[tuple[Sequence, int, KeepPlan]]:
         """What may go in each group of each sequence."""
         changes = []
+        kept: dict[tuple[int, int], tuple[Run, ...]] = {}  # by group and sequence, where something goes
         for g, group in enumerate(self.memory.spec.groups):
             policy = self.policy if group.imposed else _OWN_WINDOW
             if policy is None or group.retention.window is None:
                 continue
-            for sequence in self.sequences:
+            for s, sequence in enumerate(self.sequences):
                 runs = sequence.tables[g].runs
                 plan = policy.keep(group.retention, self.seen_tokens, runs, group.block_tokens)
+                if group.recent_of is not None and (group.recent_of, s) in kept:
+                    plan = _within(kept[group.recent_of, s], plan or KeepPlan(runs, 0), runs)
                 if plan is not None:
                     changes.append((sequence, g, plan))
+                    kept[g, s] = plan.runs
         return changes
 
     @uninterrupted
@@ -210,11 +212,17 @@ class SequenceBatch:
         """
         self.check_between_steps()
         self._complete = None
-        groups = [g for g, group in enumerate(self.memory.spec.groups) if group.imposed or not group.retention.window]
-        tables = [(sequence, g) for sequence in self.sequences for g in groups if sequence.tables[g].runs != plan.runs]
+        spec = self.memory.spec
+        groups = [g for g, group in enumerate(spec.groups) if group.imposed or not group.retention.window]
         # A shorter run would see rows that are gone now, whatever the plan says.
         exact = replace(plan, floor=max(plan.floor, self.seen_tokens))
-        self.memory.compact([(sequence, g, exact) for sequence, g in tables])
+        changes = [(s, g, exact) for s in self.sequences for g in groups if s.tables[g].runs != exact.runs]
+        for sequence in self.sequences:
+            for recent in (spec.recents[g] for g in groups if g in spec.recents):
+                runs = sequence.tables[recent].runs
+                if (both := _within(exact.runs, KeepPlan(runs, 0), runs)) is not None:
+                    changes.append((sequence, recent, both))
+        self.memory.compact(changes)
 
     @uninterrupted
     def truncate(self, n_tokens: int) -> None:
@@ -329,6 +337,12 @@ class SequenceBatch:
                 f"layer {layer} got keys {tuple(keys.shape)} and values {tuple(values.shape)} where the step has "
                 f"{expected[0]} and {expected[1]} (sequences, KV heads, tokens, head dim)"
             )
+
+
+def _within(runs: tuple[Run, ...], plan: KeepPlan, stored: tuple[Run, ...]) -> KeepPlan | None:
+    """`plan` less the positions that are not in `runs`; None where all that is `stored` stays."""
+    both = join_runs(run for first, count in runs for run in clip_runs(plan.runs, first, first + count))
+    return None if both == stored else KeepPlan(both, plan.floor)
 
 
 _OWN_WINDOW = Window(1)  # `keep` reads the window from the group's retention, not from the policy

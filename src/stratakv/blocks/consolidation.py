@@ -10,10 +10,10 @@ from stratakv.blocks.sequence import GroupTable
 
 
 def give_back(pool: BlockPool, arena: Arena) -> None:
-    """Give back free last slabs, as long as an eighth of the rest is free too: a decode must not thrash."""
+    """Give back free last slabs, as long as enough of the rest is free too: a decode must not thrash."""
     while arena.slabs and arena.slabs[-1].first > pool.highest_held():
         left = arena.slabs[-1].first
-        if left and pool.n_free - arena.slabs[-1].n_blocks < _spare(left):
+        if left and pool.n_free - arena.slabs[-1].n_blocks < _spare(arena, left):
             break
         pool.shrink(arena.shrink(left))
 
@@ -32,7 +32,7 @@ def consolidate(pool: BlockPool, arena: Arena, tables: Seq[GroupTable]) -> None:
     moving: list[int] = []
     for slab in reversed(arena.slabs):
         n_free -= slab.n_blocks
-        if not slab.first or n_free < _spare(slab.first):
+        if not slab.first or n_free < _spare(arena, slab.first):
             break
         moving.extend(b for b in range(slab.first, slab.first + slab.n_blocks) if pool.references(b))
     if moving:
@@ -44,5 +44,6 @@ def consolidate(pool: BlockPool, arena: Arena, tables: Seq[GroupTable]) -> None:
             table.block_ids[:] = [moved.get(block, block) for block in table.block_ids]
 
 
-def _spare(n_blocks: int) -> int:
-    return max(1, n_blocks // 8)
+def _spare(arena: Arena, n_blocks: int) -> int:
+    """Blocks that stay free. Recent rows take none but those that the oldest of them leave in the same step."""
+    return max(1, n_blocks // 8) if arena.spec.recent_of is None else 0

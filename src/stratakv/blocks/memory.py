@@ -19,9 +19,8 @@ from stratakv.blocks.geometry import with_block_tokens, with_layer
 from stratakv.blocks.interrupts import uninterrupted
 from stratakv.blocks.pool import BlockPool
 from stratakv.blocks.sequence import GroupTable, Ledger, Sequence
-from stratakv.codecs import get_codec
 from stratakv.errors import CapacityError, StateError
-from stratakv.spec import CacheSpec, LayerSpec
+from stratakv.spec import CacheSpec, LayerSpec, aligned
 
 SLAB_BYTES = 64 << 20
 """Growth adds an eighth of what exists, beyond what is needed now, up to this."""
@@ -51,9 +50,7 @@ class Memory:
         self.device = device
         self.budget = budget or Budget(max_bytes)
         self.poison = poison
-        self.arenas = tuple(
-            Arena(group, get_codec(spec.k_format), get_codec(spec.v_format), device) for group in spec.groups
-        )
+        self.arenas = tuple(Arena(group, device) for group in spec.groups)
         self.ledger = Ledger(spec.groups, tuple(BlockPool() for _ in spec.groups))
         self._live: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self._cached: weakref.WeakSet[Sequence] = weakref.WeakSet()
@@ -320,4 +317,5 @@ def _refused_memory(needed: int) -> Iterator[None]:
 
 
 def _doubled(block_tokens: int, n_rows: int) -> int:
-    return block_tokens if n_rows <= block_tokens else max(2 * block_tokens, n_rows)
+    # In whole tiles and groups of rows, so that none of those that are full grows.
+    return block_tokens if n_rows <= block_tokens else aligned(max(2 * block_tokens, n_rows), block_tokens)

@@ -93,7 +93,8 @@ class Sequence:
         if not 0 <= n_tokens <= self.seen_tokens:
             return f"the cache has seen {self.seen_tokens} tokens and cannot be cut to {n_tokens}"
         for spec, table in zip(self.ledger.groups, self.tables, strict=True):
-            if n_tokens < self.seen_tokens and n_tokens and n_tokens < table.floor:
+            is_copy = spec.recent_of is not None  # what it lacks is in the other group
+            if n_tokens < self.seen_tokens and n_tokens and n_tokens < table.floor and not is_copy:
                 return (
                     f"rows that a run of {n_tokens} tokens would still see have left the window of group "
                     f"{spec.name!r}; the shortest exact length is {table.floor}"

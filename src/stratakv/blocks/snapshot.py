@@ -31,7 +31,7 @@ from torch import Tensor
 from stratakv.errors import FormatError
 
 MAGIC = b"STRATAKV"
-VERSION = 1
+VERSION = 2
 _PREFIX = struct.Struct("<8sIQ")
 _DIGEST = 32
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from stratakv.blocks.arena import Arena
 from stratakv.errors import UnsupportedError
-from stratakv.plan import ReadPlan
+from stratakv.plan import ReadPlan, Run, clip_runs, join_runs, run_length
 from stratakv.spec import Retention
 
 
@@ -18,6 +19,8 @@ class KVPart:
     """The rows of some KV heads of a layer.
 
     `retention` is set where a policy limits what a query sees; the model's own window stands in the model's mask.
+    `recent` has the rows of these heads that are read in 16 bits, which are none of `plan`'s: the last ones, and
+    perhaps the first.
     """
 
     heads: tuple[int, ...]
@@ -25,15 +28,42 @@ class KVPart:
     member: int
     plan: ReadPlan
     retention: Retention | None
+    recent: KVPart | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """Rows, recent ones included."""
+        return self.plan.n_rows + (self.recent.n_rows if self.recent else 0)
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The positions of the rows, recent ones included."""
+        if self.recent is None:
+            return self.plan.runs
+        before, after = self._around()
+        return join_runs((*before, *self.plan.runs, *after))
 
     def positions(self) -> Tensor:
         """int64 `[n_rows]`: the absolute position of each row."""
-        runs = [torch.arange(first, first + n, device="cpu") for first, n in self.plan.runs]
+        runs = [torch.arange(first, first + n, device="cpu") for first, n in self.runs]
         return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64, device="cpu")
 
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """K `[n_sequences, n_heads, n_rows, k_dim]` and V `[..., v_dim]` of these heads."""
-        return self.arena.read(self.member, self.plan, dtype)
+        rows = self.arena.read(self.member, self.plan, dtype)
+        if self.recent is None:
+            return rows
+        recent, n = self.recent.read(dtype), run_length(self._around()[0])
+        keys, values = (torch.cat((r[:, :, :n], p, r[:, :, n:]), 2) for p, r in zip(rows, recent, strict=True))
+        return keys, values
+
+    def _around(self) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
+        """The runs of the recent rows before this part's own, and of those after them."""
+        assert self.recent is not None
+        if not self.plan.runs:
+            return (), self.recent.plan.runs
+        start, stop = self.plan.runs[0][0], sum(self.plan.runs[-1])
+        return clip_runs(self.recent.plan.runs, 0, start), clip_runs(self.recent.plan.runs, stop, sys.maxsize)
 
 
 @dataclass(frozen=True)
@@ -55,7 +85,7 @@ class KVView:
     @property
     def n_rows(self) -> int:
         """Rows of the part that has most."""
-        return max(part.plan.n_rows for part in self.parts)
+        return max(part.n_rows for part in self.parts)
 
     def gather(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """K `[n_sequences, n_kv_heads, n_rows, k_dim]` and V `[..., v_dim]` as plain tensors.
@@ -65,8 +95,8 @@ class KVView:
         """
         if len(self.parts) == 1:
             return self.parts[0].read(dtype)
-        if len({part.plan.n_rows for part in self.parts}) > 1:
-            rows = {part.heads: part.plan.n_rows for part in self.parts}
+        if len({part.n_rows for part in self.parts}) > 1:
+            rows = {part.heads: part.n_rows for part in self.parts}
             raise UnsupportedError(f"the heads of layer {self.layer} hold different numbers of rows ({rows})")
         order = torch.tensor([head for part in self.parts for head in part.heads], device="cpu").argsort()
         read = [part.read(dtype) for part in self.parts]

@@ -67,9 +67,7 @@ def attention(
     shapes: Annotated[
         str, typer.Option(help=f"Heads of a layer: {', '.join(SHAPES)}, with commas between.")
     ] = "smollm2",
-    formats: Annotated[
-        str, typer.Option(help=f"{', '.join(options.KERNEL_FORMATS)}, with commas between.")
-    ] = "fp16,bf16",
+    formats: Annotated[str, typer.Option(help=f"{', '.join(options.FORMATS)}, with commas between.")] = "fp16,bf16",
     lengths: Annotated[str, typer.Option(help="Tokens in the cache, with commas between.")] = "4096,16384,65536",
     block_tokens: options.BlockTokens = 64,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds, of which the median counts.")] = 7,
@@ -81,7 +79,7 @@ def attention(
     for name in names:
         options.check_choice("--shapes", name, SHAPES)
     for name in stored:
-        options.check_choice("--formats", name, options.KERNEL_FORMATS)
+        options.check_choice("--formats", name, options.FORMATS)
     options.check_positive("--block-tokens", block_tokens)
     options.check_report(report)
 

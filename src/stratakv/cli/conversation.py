@@ -13,7 +13,7 @@ from typing import Any
 from stratakv.cli.generation import Decoding, Generated, OnText, continue_tokens
 from stratakv.cli.prompts import check_positions
 from stratakv.errors import ConfigurationError, StateError
-from stratakv.integrations.transformers.cache import common_prefix
+from stratakv.integrations.transformers.prefix import common_prefix
 from stratakv.models import LoadedModel
 
 

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 # Named here so that an error does not wait for torch to be imported; a test compares them with the library's own.
-FORMATS = ("fp32", "bf16", "fp16", "fp8", "int8")
-KERNEL_FORMATS = ("fp32", "bf16", "fp16")
+FORMATS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4", "int2")
 LAYOUTS = ("paged", "contiguous", "growing")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

@@ -18,6 +18,23 @@ class Codec(ABC):
     """
 
     name: str
+    residual: int = 0
+    """How many of a sequence's last rows should be held in 16 bits as well, and read from there."""
+    sinks: int = 0
+    """How many of its first rows likewise."""
+
+    def for_keys(self) -> Codec:
+        """The codec that stores keys in this format."""
+        return self
+
+    def for_values(self) -> Codec:
+        """The codec that stores values in this format."""
+        return self
+
+    def group_rows(self, block_tokens: int) -> int:
+        """How many rows, from the first of a page on, are coded together; the page's last ones may be fewer."""
+        del block_tokens
+        return 1
 
     @abstractmethod
     def layout(self, head_dim: int, block_tokens: int) -> PageLayout:
@@ -36,7 +53,7 @@ class Codec(ABC):
             pages: uint8 `[n_blocks, n_heads, layout.nbytes]`, written in place.
             block: int64 `[n]`, the block of each row.
             row: int64 `[n]`, the row's place in its block.
-            values: `[n, n_heads, head_dim]`, any floating dtype.
+            values: `[n, n_heads, head_dim]`, any floating dtype. Where rows are coded together, whole groups in order.
         """
 
     @abstractmethod
@@ -60,8 +77,25 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def rounded(self, values: Tensor) -> Tensor:
-        """What a reader will get for `values` `[..., head_dim]` once they were stored, in the dtype of `values`."""
+    def take(self, layout: PageLayout, pages: Tensor, block: Tensor, row: Tensor) -> tuple[Tensor, ...]:
+        """Rows as they are stored, for `place`: nothing is rounded again where rows move.
+
+        Args:
+            layout, pages, block, row: as for `encode`.
+        """
+
+    @abstractmethod
+    def place(self, layout: PageLayout, pages: Tensor, block: Tensor, row: Tensor, stored: tuple[Tensor, ...]) -> None:
+        """Write rows that `take` gave, `[n, ...]` each, into pages of any block size. Arguments as for `encode`."""
+
+    @abstractmethod
+    def rounded(self, values: Tensor, block_tokens: int = 64) -> Tensor:
+        """What a reader will get for `values` once they were stored, in the dtype of `values`.
+
+        Args:
+            values: `[..., head_dim]`; where rows are coded together, `[..., n_rows, head_dim]` from a page's first on.
+            block_tokens: rows in a page.
+        """
 
     @abstractmethod
     def scrub(self, layout: PageLayout, pages: Tensor, n_rows: int) -> None:

@@ -26,11 +26,7 @@ class FloatCodec(Codec):
 
     def encode(self, layout: PageLayout, pages: Tensor, block: Tensor, row: Tensor, values: Tensor) -> None:
         """Convert and scatter the rows."""
-        numbers = self._numbers(layout, pages)  # [n_blocks, n_heads, block_tokens, head_dim]
-        if len(block) == 1:  # a step's one row, for which tensors of indices are a detour
-            numbers[int(block), :, int(row)] = self._converted(values).squeeze(0)
-        else:
-            numbers[block, :, row] = self._converted(values)
+        self.place(layout, pages, block, row, (self._converted(values),))
 
     def decode(self, layout: PageLayout, pages: Tensor, out: Tensor) -> None:
         """Copy and convert whole pages."""
@@ -41,8 +37,21 @@ class FloatCodec(Codec):
         del new_layout
         new_pages[..., : layout.payload_bytes] = pages[..., : layout.payload_bytes]
 
-    def rounded(self, values: Tensor) -> Tensor:
+    def take(self, layout: PageLayout, pages: Tensor, block: Tensor, row: Tensor) -> tuple[Tensor, ...]:
+        """Numbers `[n, n_heads, head_dim]`."""
+        return (self._numbers(layout, pages)[block, :, row],)
+
+    def place(self, layout: PageLayout, pages: Tensor, block: Tensor, row: Tensor, stored: tuple[Tensor, ...]) -> None:
+        """Scatter the rows."""
+        numbers = self._numbers(layout, pages)  # [n_blocks, n_heads, block_tokens, head_dim]
+        if len(block) == 1:  # a step's one row, for which tensors of indices are a detour
+            numbers[int(block), :, int(row)] = stored[0].squeeze(0)
+        else:
+            numbers[block, :, row] = stored[0]
+
+    def rounded(self, values: Tensor, block_tokens: int = 64) -> Tensor:
         """To `dtype` and back."""
+        del block_tokens
         return saturated(self._converted(values), values.dtype)
 
     def scrub(self, layout: PageLayout, pages: Tensor, n_rows: int) -> None:

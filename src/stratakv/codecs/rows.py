@@ -1,88 +1,95 @@
-"""Rows of small numbers, each row with a scale of its own. A row's bytes depend on that row alone."""
+"""Rows of small numbers, each row with parameters of its own. A row's bytes depend on that row alone."""
 
 from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from stratakv.codecs.base import Codec
-from stratakv.codecs.floats import put, saturated
+from stratakv.codecs.floats import saturated
 from stratakv.codecs.rotation import rotated
-from stratakv.errors import ConfigurationError
+from stratakv.codecs.tiles import MOST, TILE_ROWS, TileCodec, in_range, stored
 from stratakv.spec import PageLayout, aligned
 
-_SCALE = torch.bfloat16  # the range of fp32: no row is too large or too small for it
-_MOST = torch.finfo(torch.float32).max
 
+class RowCodec(TileCodec):
+    """Codes, and parameters of a row, which lie in tiles, too: each parameter of 16 rows side by side.
 
-class RowCodec(Codec):
-    """Numbers of one byte, and a scale in bf16 a row, the largest of its numbers over the largest that `dtype` holds.
-
-    Nothing saturates. A row with an infinity or NaN is read as NaN.
+    Nothing saturates below 1e37. A row with an infinity or NaN is read as NaN.
     """
 
-    dtype: torch.dtype
-    largest: float
     rotates: bool = False
     """Whether rows are rotated before they are rounded, and back when they are read."""
 
-    def layout(self, head_dim: int, block_tokens: int) -> PageLayout:
-        """The rows' numbers one after the other, then their scales."""
-        if min(head_dim, block_tokens) < 1:
-            raise ConfigurationError(f"a page needs rows of at least 1 number, got {block_tokens} of {head_dim}")
-        payload = aligned(head_dim * block_tokens, _SCALE.itemsize)
-        return PageLayout(self.name, head_dim, block_tokens, payload, block_tokens * _SCALE.itemsize)
+    @abstractmethod
+    def n_parameters(self, head_dim: int) -> int:
+        """Parameters of a row."""
+
+    @abstractmethod
+    def coded(self, rows: Tensor, read: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """What stands for rows: codes, uint8 `[..., head_dim]`, and parameters `[..., n_parameters]`.
+
+        Args:
+            rows: fp32 `[..., head_dim]`, rotated, of the order of 1.
+            read: gives for parameters what is read once they were stored, which is what codes have to go with.
+        """
+
+    @abstractmethod
+    def levels(self, codes: Tensor, parameters: Tensor) -> Tensor:
+        """fp32 numbers that codes `[..., head_dim]` stand for, in rows that are still rotated."""
+
+    def parameter_shape(self, head_dim: int, block_tokens: int) -> tuple[int, ...]:
+        """Tiles, parameters, rows of a tile."""
+        return aligned(block_tokens, TILE_ROWS) // TILE_ROWS, self.n_parameters(head_dim), TILE_ROWS
 
     def encode(self, layout: PageLayout, pages: Tensor, block: Tensor, row: Tensor, values: Tensor) -> None:
-        """Round rows, and write them with their scales."""
-        numbers, scales = self._parts(layout, pages)
-        codes, scale = self._coded(values)
-        numbers[block, :, row] = codes
-        scales[block, :, row] = scale
+        """Round rows, and write them with their parameters."""
+        codes, parameters = self._coded(values)
+        self.place(layout, pages, block, row, (self.packed(codes), parameters))
 
-    def decode(self, layout: PageLayout, pages: Tensor, out: Tensor) -> None:
-        """Widen whole pages."""
-        put(self._decoded(*self._parts(layout, pages)), out)
+    def take(self, layout: PageLayout, pages: Tensor, block: Tensor, row: Tensor) -> tuple[Tensor, ...]:
+        """Packed codes `[n, n_heads, n quads, 4]` and parameters `[n, n_heads, n_parameters]`."""
+        tile, lane = row // TILE_ROWS, row % TILE_ROWS
+        codes, parameters = self.parts(layout, pages)
+        return codes[block, :, tile, :, lane], parameters[block, :, tile, :, lane]
 
-    def move(self, layout: PageLayout, pages: Tensor, new_layout: PageLayout, new_pages: Tensor) -> None:
-        """Numbers and scales, as they are."""
-        old, new = self._parts(layout, pages), self._parts(new_layout, new_pages)
-        new[0][..., : layout.block_tokens, :] = old[0]
-        new[1][..., : layout.block_tokens] = old[1]
+    def place(self, layout: PageLayout, pages: Tensor, block: Tensor, row: Tensor, stored: tuple[Tensor, ...]) -> None:
+        """Scatter the rows."""
+        tile, lane = row // TILE_ROWS, row % TILE_ROWS
+        for part, new in zip(self.parts(layout, pages), stored, strict=True):
+            part[block, :, tile, :, lane] = new
 
-    def rounded(self, values: Tensor) -> Tensor:
+    def rounded(self, values: Tensor, block_tokens: int = 64) -> Tensor:
         """Coded and back."""
-        return saturated(self._decoded(*self._coded(values)), values.dtype)
+        del block_tokens
+        codes, parameters = self._coded(values)
+        return saturated(self.decoded(codes, parameters.float()), values.dtype)
 
-    def scrub(self, layout: PageLayout, pages: Tensor, n_rows: int) -> None:
-        """Zero the rows, their scales and all padding."""
-        pages[..., n_rows * layout.head_dim : layout.payload_bytes] = 0
-        pages[..., layout.payload_bytes + n_rows * _SCALE.itemsize :] = 0
+    def by_row(self, layout: PageLayout, parameters: Tensor) -> Tensor:
+        """`[..., block_tokens, n_parameters]`."""
+        rows: Tensor = parameters.movedim(-1, -2).flatten(-3, -2)
+        return rows[..., : layout.block_tokens, :]
 
-    def _parts(self, layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """The bytes of the numbers `[..., block_tokens, head_dim]`, and the scales `[..., block_tokens]`."""
-        n, end = layout.head_dim * layout.block_tokens, layout.payload_bytes + layout.scale_bytes
-        numbers: Tensor = pages[..., :n].unflatten(-1, (layout.block_tokens, layout.head_dim))
-        return numbers, pages[..., layout.payload_bytes : end].view(_SCALE)
+    def decoded(self, codes: Tensor, parameters: Tensor) -> Tensor:
+        """Levels, rotated back; scaled, so that sums stay in what fp32 holds."""
+        exponent = torch.frexp(parameters.abs().amax(-1, keepdim=True)).exponent.clamp(-120, 120)
+        rows = self.levels(codes, torch.ldexp(parameters, -exponent))
+        return torch.ldexp(rotated(rows) if self.rotates else rows, exponent).clamp(-MOST, MOST)
+
+    def scrub_parameters(self, layout: PageLayout, parameters: Tensor, n_rows: int) -> None:
+        """Those of later rows."""
+        tile, lane = divmod(n_rows, TILE_ROWS)
+        parameters[..., tile + (lane > 0) :, :, :] = 0
+        if lane:
+            parameters[..., tile, :, lane:] = 0
 
     def _coded(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The bytes of rows `[..., head_dim]`, and their scales `[...]`."""
-        rows = saturated(values.detach(), torch.float32)
-        # Rotation adds up a whole row, which may lead out of what fp32 holds: powers of two come off first.
-        exponent = torch.frexp(rows.abs().amax(-1, keepdim=True)).exponent.clamp(-120, 120)
-        rows = torch.ldexp(rows, -exponent)
-        rows = rotated(rows) if self.rotates else rows
-        scale = torch.ldexp(rows.abs().amax(-1, keepdim=True) / self.largest, exponent).to(_SCALE)
-        step = torch.ldexp(scale.float(), -exponent)
-        codes = torch.where(step > 0, rows / step, 0.0).clamp(-self.largest, self.largest)
-        return self._as_bytes(codes), torch.where(scale.isfinite(), scale, torch.nan).squeeze(-1)
-
-    def _decoded(self, numbers: Tensor, scales: Tensor) -> Tensor:
-        """fp32 rows `[..., head_dim]` of bytes `[..., head_dim]` and scales `[...]`."""
-        rows = numbers.view(self.dtype).float()
-        rows = rotated(rows) if self.rotates else rows
-        return (rows * scales.float().unsqueeze(-1)).clamp(-_MOST, _MOST)
-
-    def _as_bytes(self, codes: Tensor) -> Tensor:
-        """uint8: fp32 numbers of at most `largest`, or NaN, rounded to `dtype`."""
-        return codes.to(self.dtype).view(torch.uint8)
+        """Codes of rows `[..., head_dim]` and their parameters in bf16."""
+        rows, exponent = in_range(values, (-1,))
+        codes, parameters = self.coded(
+            rotated(rows) if self.rotates else rows, lambda p: torch.ldexp(stored(p, exponent).float(), -exponent)
+        )
+        is_number = parameters.isfinite().all(-1, keepdim=True)
+        return codes, stored(torch.where(is_number, parameters, torch.nan), exponent)

@@ -27,7 +27,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_codec(
-    codec: Codec, *, head_dims: Iterable[int] = (1, 8, 20, 64), block_sizes: Iterable[int] = (1, 4, 7, 64)
+    codec: Codec, *, head_dims: Iterable[int] = (1, 8, 20, 64), block_sizes: Iterable[int] = (1, 4, 7, 64, 100)
 ) -> None:
     """Check a storage format: layout, round trip, chunking, scrubbing and identity.
 
@@ -113,23 +113,33 @@ def _check_pages(codec: Codec, layout: PageLayout) -> None:
     n_rows = n_blocks * layout.block_tokens
     values = drawn(n_rows, n_heads, layout.head_dim, generator=generator)
     pages = _encoded(codec, layout, values, [n_rows])
+    exact = codec.rounded(values.transpose(0, 1), layout.block_tokens).transpose(0, 1)
     for dtype in _DTYPES:
         out = torch.empty(n_blocks, n_heads, layout.block_tokens, layout.head_dim, dtype=dtype)
         codec.decode(layout, pages, out)
         rows = out.transpose(1, 2).flatten(0, 1)
-        assert torch.equal(rows, codec.rounded(values).to(dtype)), f"decode as {dtype} is not what `rounded` promises"
+        assert torch.equal(rows, exact.to(dtype)), f"decode as {dtype} is not what `rounded` promises"
         typed = codec.typed(layout, pages, dtype)
         assert typed is None or torch.equal(typed, out), "the pages as numbers are not what decode gives"
-    exact = codec.rounded(values)
-    assert torch.equal(codec.rounded(exact), exact), "rounding what is rounded changes it"
     strided = torch.empty(n_heads, n_blocks, layout.block_tokens, layout.head_dim).transpose(0, 1)
     codec.decode(layout, pages, strided)
     assert torch.equal(strided.transpose(1, 2).flatten(0, 1), exact), "decode into a tensor with strides differs"
-    for chunks in ([1] * n_rows, [n_rows - 1, 1], [1, n_rows - 1]):
+    size = codec.group_rows(layout.block_tokens)
+    groups = [min(size, layout.block_tokens - at) for at in range(0, layout.block_tokens, size)] * n_blocks
+    for chunks in (groups, [n_rows - groups[-1], groups[-1]], [groups[0], n_rows - groups[0]]):
         if 0 not in chunks:
             assert torch.equal(_encoded(codec, layout, values, chunks), pages), (
                 f"other bytes when fed in chunks of {chunks}"
             )
+    order = torch.randperm(n_rows, generator=generator, device="cpu")
+    if size > 1:  # whole pages
+        pages_first = torch.randperm(n_blocks, generator=generator, device="cpu")
+        order = torch.arange(n_rows, device="cpu").view(n_blocks, -1)[pages_first].flatten()
+    block, row = order // layout.block_tokens, order % layout.block_tokens
+    shuffled, home = torch.zeros_like(pages), torch.arange(n_rows, device="cpu")
+    stored = codec.take(layout, pages, block, row)
+    codec.place(layout, shuffled, home // layout.block_tokens, home % layout.block_tokens, stored)
+    assert torch.equal(shuffled, _encoded(codec, layout, values[order], [n_rows])), "rows change when they are moved"
     larger = codec.layout(layout.head_dim, 2 * layout.block_tokens)
     moved = torch.zeros(n_blocks, n_heads, larger.nbytes, dtype=torch.uint8)
     codec.move(layout, pages, larger, moved)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stratakv.codecs import get_codec
+from stratakv.codecs import get_codecs
 from stratakv.errors import ConfigurationError, UnsupportedError
 from stratakv.integrations.transformers import KVCache
 from stratakv.integrations.transformers.arguments import whole_numbers
@@ -18,11 +19,13 @@ from stratakv.integrations.transformers.quiet import quiet_transformers
 from stratakv.policies import RetentionPolicy
 from stratakv.spec import CacheSpec
 from stratakv.verification.cuts import CUTS, SPARE_TOKENS, Cut, CutRefusedError, Feeder, stacked
-from stratakv.verification.oracle import RoundingCache
+from stratakv.verification.oracle import ResidualCache, RoundingCache
 from stratakv.verification.report import CutResult, Divergence, VerifyReport
 
 LOGIT_TOLERANCE = 1e-4
 """fp32: largest difference of a logit, relative to the position's largest logit."""
+IN_DIGITS = 10.0
+"""What kernels may be off more where they meet integers: queries and weights are whole numbers of 14 bits there."""
 LAYER_TOLERANCE = 1e-4
 """fp32: L2 distance of a layer's output, relative to its L2 norm, at each token."""
 
@@ -56,6 +59,8 @@ def verify(
         raise UnsupportedError("verify feeds decoder-only models; `stratakv verify --architectures` covers the others")
     empty = KVCache.for_model(model, **options)
     scale = _rounding(model.dtype)
+    if empty.is_attached and {"int8", "int4", "int2"} & {empty.spec.k_format, empty.spec.v_format}:
+        scale *= IN_DIGITS
     with torch.no_grad(), quiet_transformers():
         mask = _policy_mask(model, empty.spec, options.get("policy"), ids)
         exact = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
@@ -131,15 +136,43 @@ def _run_cut(
 
 
 def _oracle(model: PreTrainedModel, feeder: Feeder, mask: Tensor | None) -> Any:
-    """All tokens at once: without any cache, or with K/V rounded as the format rounds, where it does."""
+    """All tokens at once: without any cache, or with K/V rounded as the format rounds, where it does.
+
+    Where recent rows are held in 16 bits, a token's K/V depend on which step reads them: then the same steps again.
+    """
     spec = feeder.cache.spec
-    codecs = get_codec(spec.k_format), get_codec(spec.v_format)
+    if spec.recents:
+        return _stepped(model, feeder, mask)
+    codecs = get_codecs(spec.k_format, spec.v_format)
     inputs: dict[str, Any] = {"input_ids": feeder.token_ids, "attention_mask": mask, "output_hidden_states": True}
     probe = torch.linspace(-3, 3, 1001, dtype=model.dtype, device="cpu")
     if all(torch.equal(codec.rounded(probe), probe) for codec in codecs):
         return model(**inputs, use_cache=False)
     cache = RoundingCache(model.config, codecs, feeder.rows)
     return model(**inputs, use_cache=True, **{cache_keyword(model): cache})
+
+
+def _stepped(model: PreTrainedModel, feeder: Feeder, mask: Tensor | None) -> Any:
+    cache = ResidualCache(model.config, feeder.cache.spec, feeder.rows, feeder.coded)
+    outs = [
+        model(
+            input_ids=feeder.token_ids[:, start:stop],
+            attention_mask=None if mask is None else mask[:, :, start:stop, :stop],
+            output_hidden_states=True,
+            use_cache=True,
+            **{cache_keyword(model): cache},
+        )
+        for start, stop in feeder.steps
+    ]
+    hidden = None
+    if outs[0].hidden_states is not None:
+        # What has another length is no output of a layer.
+        told = [
+            [h for h in out.hidden_states if h.shape[1] == stop - start]
+            for out, (start, stop) in zip(outs, feeder.steps, strict=True)
+        ]
+        hidden = [torch.cat(pieces, dim=1) for pieces in zip(*told, strict=True)]
+    return SimpleNamespace(logits=torch.cat([out.logits for out in outs], dim=1), hidden_states=hidden)
 
 
 def _layer_errors(feeder: Feeder, oracle: Any, scale: float) -> Tensor | None:
@@ -175,7 +208,7 @@ def _policy_mask(model: PreTrainedModel, spec: CacheSpec, policy: RetentionPolic
     """What the policy lets each query see, as an explicit mask `[1, n_heads, n_tokens, n_tokens]` for the oracle."""
     if policy is None:
         return None
-    if any(not group.imposed for group in spec.groups):
+    if any(not group.imposed and group.recent_of is None for group in spec.groups):
         raise UnsupportedError(
             "a policy over a model with windows of its own has no oracle: one mask is for all layers"
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stratakv.errors import StateError, StrataKVError
+from stratakv.errors import InvariantError, StateError, StrataKVError
 from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword
 from stratakv.integrations.transformers.layers import KVLayer
 
@@ -38,7 +39,10 @@ class Feeder:
         n_tokens = token_ids.shape[1]
         self.logits: list[Tensor | None] = [None] * n_tokens
         self.layers: list[Tensor | None] = [None] * n_tokens  # [n_layers + 1, batch, hidden] of each token
-        self.rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self.rows: dict[int, tuple[Tensor, Tensor]] = {}  # as the step that brought them read them
+        self.coded: dict[int, tuple[Tensor, Tensor]] = {}  # as later steps read them
+        self.steps: list[tuple[int, int]] = []
+        self._known: dict[tuple[int, int], Tensor] = {}  # bool [n_heads, n_tokens], of what is noted
 
     def feed(self, start: int, stop: int) -> None:
         """Feed the tokens `[start, stop)`, which must be the next ones."""
@@ -48,6 +52,7 @@ class Feeder:
             self.logits[i] = out.logits[:, i - start].float()
             if hidden is not None:
                 self.layers[i] = torch.stack([h[:, i - start].float() for h in hidden if h.shape[1] == stop - start])
+        self.steps.append((start, stop))
         self._keep_rows(start, stop)
 
     def feed_wrong(self, n_tokens: int) -> None:
@@ -72,23 +77,49 @@ class Feeder:
         return self.model(input_ids=ids, **{keyword: self.cache}, use_cache=True, output_hidden_states=True)
 
     def _keep_rows(self, start: int, stop: int) -> None:
-        """Read back what was stored for these tokens, as the step's attention read it."""
+        """Read back what was stored for these tokens."""
         for layer in self.cache.layers:
             if not isinstance(layer, KVLayer):
                 continue
             view = self.cache.batch.view(layer.index)
             dtype = self.cache.dtypes[layer.index]
-            n_new = stop - start
-            shape = (view.n_sequences, view.n_kv_heads, self.token_ids.shape[1])
-            device = self.token_ids.device
-            if layer.index not in self.rows:
-                keys = torch.zeros((*shape, view.k_dim), dtype=dtype, device=device)
-                values = torch.zeros((*shape, view.v_dim), dtype=dtype, device=device)
-                self.rows[layer.index] = keys, values
-            kept = self.rows[layer.index]
             for part in view.parts:
-                for target, rows in zip(kept, part.read(dtype), strict=True):
-                    target[:, list(part.heads), start:stop] = rows[:, :, rows.shape[2] - n_new :]
+                new = torch.arange(start, stop, device=self.token_ids.device)
+                read = (rows[:, :, start - stop :] for rows in part.read(dtype))
+                self._keep(self.rows, layer.index, view.n_kv_heads, part.heads, new, tuple(read))
+                if part.recent is not None:
+                    own = replace(part, recent=None)
+                    self._keep(self.coded, layer.index, view.n_kv_heads, part.heads, own.positions(), own.read(dtype))
+
+    def _keep(
+        self,
+        kept: dict[int, tuple[Tensor, Tensor]],
+        layer: int,
+        n_heads: int,
+        heads: tuple[int, ...],
+        positions: Tensor,
+        read: tuple[Tensor, ...],
+    ) -> None:
+        """Note rows of some heads, at positions `[n_rows]`. What was read once must be read again the same.
+
+        Raises:
+            InvariantError: it is not.
+        """
+        if layer not in kept:
+            shape = (len(read[0]), n_heads, self.token_ids.shape[1])
+            keys, values = (rows.new_zeros((*shape, rows.shape[-1])) for rows in read)
+            kept[layer] = keys, values
+        none = torch.zeros(n_heads, self.token_ids.shape[1], dtype=torch.bool, device="cpu")
+        known = self._known.setdefault((id(kept), layer), none)
+        at, chosen = positions.to(self.token_ids.device), list(heads)
+        again = known[chosen][:, positions.cpu()].all(0).to(at.device)
+        for target, rows in zip(kept[layer], read, strict=True):
+            own = target[:, chosen]
+            if not torch.equal(own[:, :, at[again]].nan_to_num(), rows[:, :, again].nan_to_num()):
+                raise InvariantError(f"rows of layer {layer} are read in another way than before")
+            own[:, :, at] = rows
+            target[:, chosen] = own
+        known[torch.tensor(chosen, device="cpu")[:, None], positions.cpu()] = True
 
 
 Cut = Callable[[Feeder], None]

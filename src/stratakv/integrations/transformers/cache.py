@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
 from stratakv.codecs import codec_names
 from stratakv.codecs.floats import FORMAT_OF_DTYPE
-from stratakv.errors import ConfigurationError, StateError, UnsupportedError
-from stratakv.integrations.transformers.arguments import whole_numbers
+from stratakv.errors import ConfigurationError, UnsupportedError
 from stratakv.integrations.transformers.compat import (
     PreTrainedModel,
     query_length,
@@ -69,6 +68,7 @@ class KVCache(CacheState):
         block_tokens: int = 64,
         capacity: int | None = None,
         policy: RetentionPolicy | None = None,
+        residual: int | None = None,
         memory: int | str | None = None,
         poison: bool = False,
     ) -> Any:
@@ -83,6 +83,9 @@ class KVCache(CacheState):
                 `growing` (one stretch a sequence, doubled when full).
             block_tokens: rows in a block, for `paged`.
             capacity: tokens of a sequence that layers without a window can hold, for `contiguous`.
+            residual: how many of the last tokens are also held in 16 bits, and read from there; with them the first
+                few, where a format asks for those. Only for formats of 8 bits or fewer. None: as the format asks (64
+                for `int4` and `int2`, none for the others).
             policy: which tokens stay. Needs `stratakv.attach(model)` first, since no mask of the model expresses it.
             memory: most bytes to hold, as a number or like `"2GiB"`. None: no limit.
             poison: overwrite freed blocks with NaN, to make stale reads visible. For tests.
@@ -106,9 +109,10 @@ class KVCache(CacheState):
             "k_format": k_format or chosen,
             "v_format": v_format or chosen,
             "block_tokens": block_tokens,
+            "recent_format": "fp16" if model.dtype == torch.float16 else "bf16",
         }
         specs = layer_specs(model.config, layers)
-        spec = build_spec(specs, **options, layout=layout, capacity=capacity, policy=policy)
+        spec = build_spec(specs, **options, layout=layout, capacity=capacity, policy=policy, residual=residual)
         budget = Budget(None if memory is None else parse_bytes(memory))
         is_encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
 
@@ -130,7 +134,10 @@ class KVCache(CacheState):
 
         # Encoder rows come once and never grow: one stretch a sequence, which attention reads without a copy.
         cross = build_spec(
-            [LayerSpec(s.index, s.n_kv_heads, s.k_dim, s.v_dim) for s in specs], **options, layout="growing"
+            [LayerSpec(s.index, s.n_kv_heads, s.k_dim, s.v_dim) for s in specs],
+            **options,
+            layout="growing",
+            comes_once=True,
         )
         return EncoderDecoderKVCache(own_cache, cache(cross, None, is_self=False))
 
@@ -256,18 +263,9 @@ class KVCache(CacheState):
             StateError: the cache does not know its tokens (it was not saved with `token_ids`), or holds a batch.
             ConfigurationError: not one prompt of at least one token. Nothing was changed.
         """
-        prompt = whole_numbers("token_ids", token_ids)
-        if prompt.shape not in ((prompt.numel(),), (1, prompt.numel())) or not prompt.numel():
-            raise ConfigurationError(f"token_ids must be one prompt, [n] or [1, n], got {tuple(prompt.shape)}")
-        if self.token_ids is None or len(self.token_ids) != 1:
-            raise StateError("only a cache of one sequence whose token ids are known can be matched with a prompt")
-        common = common_prefix(self.token_ids[0], prompt.flatten().tolist())
-        try:
-            self.truncate(common)
-        except StateError:  # rows that a shorter run would see have left a window: nothing can be used
-            self.reset()
-            return 0
-        return common
+        from stratakv.integrations.transformers.prefix import match_prefix
+
+        return match_prefix(self, token_ids)
 
     # What transformers asks
 
@@ -336,12 +334,6 @@ class KVCache(CacheState):
 
     def _first_kv_layer(self) -> KVLayer:
         return next(layer for layer in self.layers if isinstance(layer, KVLayer))
-
-
-def common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
-    """How many first tokens the two share; at least the last one wanted is left to feed."""
-    same = next((i for i, (a, b) in enumerate(zip(held, wanted, strict=False)) if a != b), min(len(held), len(wanted)))
-    return max(min(same, len(wanted) - 1), 0)
 
 
 _STORED_EXACTLY = {"fp32": tuple(FORMAT_OF_DTYPE), "bf16": (torch.bfloat16,), "fp16": (torch.float16,)}

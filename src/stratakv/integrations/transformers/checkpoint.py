@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stratakv.blocks.batch import Checkpoint
+from stratakv.blocks.checkpoint import Checkpoint
 from stratakv.blocks.interrupts import uninterrupted
 from stratakv.integrations.transformers import recurrent
 

@@ -14,7 +14,7 @@ from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.memory import Memory
 from stratakv.blocks.sequence import GroupTable
 from stratakv.blocks.snapshot import Snapshot, read_snapshot, write_snapshot
-from stratakv.codecs import get_codec
+from stratakv.codecs import get_codecs
 from stratakv.errors import (
     CapacityError,
     ConfigurationError,
@@ -126,6 +126,7 @@ def _settings(cache: KVCache) -> dict[str, Any]:
         "capacity": spec.capacity,
         "block_tokens": spec.groups[0].block_tokens if spec.layout == "paged" else None,
         "policy": None if policy is None else policy.to_dict(),
+        "residual": max((spec.groups[g].retention.window or 0 for g in spec.recents.values()), default=0),
     }
 
 
@@ -184,8 +185,8 @@ def _check_identity(snapshot: Snapshot, model: PreTrainedModel) -> None:
 
 def _check_layouts(spec: CacheSpec, snapshot: Snapshot) -> None:
     """See that this build's codecs lay pages out as the file says."""
-    k_codec, v_codec = get_codec(spec.k_format), get_codec(spec.v_format)
     for group in spec.groups:
+        k_codec, v_codec = get_codecs(group.k_format, group.v_format)
         for member in group.members:
             layer = spec.layers_by_index[member.layer]
             layouts = (k_codec.layout(layer.k_dim, group.block_tokens), v_codec.layout(layer.v_dim, group.block_tokens))
