@@ -95,19 +95,37 @@ class Step {
   bool is_prompt() const { return kernels_->is_prompt(a_); }
 
   void run(std::intptr_t slabs, std::intptr_t query, const Strides& q, std::intptr_t out, const Strides& o, std::intptr_t lse) {
-    AttentionArguments a = a_;
+    run(a_, nullptr, slabs, query, q, out, o, lse);
+  }
+
+  // Over the rows of `before`, whose call is the same, as well.
+  void run_after(const Step& before, std::intptr_t before_slabs, std::intptr_t slabs, std::intptr_t query, const Strides& q, std::intptr_t out,
+                 const Strides& o, std::intptr_t lse) {
+    AttentionArguments first = before.a_;
+    first.pages.slabs = at<const std::int64_t>(before_slabs);
+    run(a_, &first, slabs, query, q, out, o, lse);
+  }
+
+ private:
+  void run(AttentionArguments a, AttentionArguments* before, std::intptr_t slabs, std::intptr_t query, const Strides& q, std::intptr_t out,
+           const Strides& o, std::intptr_t lse) {
     a.pages.slabs = at<const std::int64_t>(slabs);
     a.query = {at<const void>(query), std::get<0>(q), std::get<1>(q), std::get<2>(q)};
     a.out = {at<void>(out), std::get<0>(o), std::get<1>(o), std::get<2>(o)};
     const std::int64_t n_query_heads = std::int64_t{a.pages.n_heads} * a.group;
     a.lse = {at<float>(lse), n_query_heads * a.n_new, a.n_new, 1};
+    if (before != nullptr) {
+      before->query = a.query;
+      before->out = a.out;
+      before->lse = a.lse;
+      a.before = before;
+    }
     thread_local stratakv::Room room;  // two threads may attend at once
     a.scratch = room.floats(kernels_->attend_floats(a));
     nb::gil_scoped_release release;
     kernels_->attend(a);
   }
 
- private:
   const Kernels* kernels_;
   AttentionArguments a_{};
 };
@@ -137,6 +155,7 @@ NB_MODULE(_kernels, m) {
       .def("set_mask", &Step::set_mask)
       .def("set_queries", &Step::set_queries)
       .def("is_prompt", &Step::is_prompt)
-      .def("run", &Step::run);
+      .def("run", nb::overload_cast<std::intptr_t, std::intptr_t, const Strides&, std::intptr_t, const Strides&, std::intptr_t>(&Step::run))
+      .def("run_after", &Step::run_after);
   stratakv::bind_runner(m);
 }

@@ -39,7 +39,7 @@ inline void store_row(const float* from, int dim, NumberType type, char* page, i
   switch (type) {
     case NumberType::kFloat: store_row(from, dim, reinterpret_cast<float*>(page) + at); break;
     case NumberType::kBFloat: store_row(from, dim, reinterpret_cast<BFloat*>(page) + at); break;
-    case NumberType::kHalf: store_row(from, dim, reinterpret_cast<Half*>(page) + at); break;
+    default: store_row(from, dim, reinterpret_cast<Half*>(page) + at); break;  // others are not written here
   }
 }
 

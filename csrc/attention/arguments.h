@@ -68,6 +68,7 @@ struct AttentionArguments {
   HeadTensor<void*> out;      // in the query's type
   HeadTensor<float*> lse;     // its token stride is the distance of the numbers
   NumberType query_type;
+  bool writes_floats;                   // the output is floats all the same
   const std::int32_t* query_positions;  // [n_sequences]: of the first query
   std::int32_t n_sequences;
   std::int32_t group;                   // query heads for each KV head
@@ -76,6 +77,7 @@ struct AttentionArguments {
   bool rounds;                          // queries and weights of rows to bf16, where that is what the processor multiplies
   std::int64_t prompt_queries;          // from so many for each KV head on the kernel for prompts is taken
   float* scratch;                       // as many floats as the kernel asks for
+  const AttentionArguments* before;     // the same call over other rows, which are attended to as well; or null
 };
 
 }  // namespace stratakv

@@ -10,6 +10,7 @@
 #include <cstddef>
 
 #include "attention/arguments.h"
+#include "attention/formats.inl"
 #include "attention/reading.inl"
 #include "attention/sight.inl"
 #include "attention/state.inl"
@@ -31,75 +32,146 @@ constexpr bool kTakesTurns = Vec::kWidth >= 16;
 inline Query query_of(const AttentionArguments& a, int i) { return {i % a.n_new, i / a.n_new}; }
 
 // A call, seen from one thread. Its queries are ordered by KV head, then query head, then token.
-template <typename K, typename V>
 class Decoding {
  public:
   Decoding(const AttentionArguments& a, float* memory)
-      : a_(a),
-        n_(queries_in(a)),
-        k_stride_(padded(a.pages.k_dim)),
-        v_stride_(padded(a.pages.v_dim)),
-        read_bytes_(a.pages.n_heads * (a.pages.k_page_bytes + a.pages.v_page_bytes)),
-        queries_(memory),
-        scores_(queries_ + n_ * k_stride_),
-        decay_(scores_ + std::ptrdiff_t{n_} * kTileRows),
-        state_(State::at(decay_ + padded(n_), n_)) {}
+      : n_(queries_in(a)), k_stride_(padded(a.pages.k_dim)), v_stride_(padded(a.pages.v_dim)), v_dim_(a.pages.v_dim) {
+    for (int i = 0; i < kStrands; ++i) {
+      strands_[i].a = strand(a, i);
+      strands_[i].queries = memory;
+      memory += n_ * k_stride_;
+    }
+    scores_ = memory;
+    decay_ = scores_ + std::ptrdiff_t{n_} * kTileRows;
+    state_ = State::at(decay_ + padded(n_), n_);
+  }
 
   static int queries_in(const AttentionArguments& a) { return a.pages.n_heads * a.group * a.n_new; }
 
   static std::ptrdiff_t floats(const AttentionArguments& a) {
     const std::ptrdiff_t n = queries_in(a);
-    return n * padded(a.pages.k_dim) + n * kTileRows + padded(n) + State::floats(n, a.pages.v_dim);
+    return kStrands * n * padded(a.pages.k_dim) + n * kTileRows + padded(n) + State::floats(n, a.pages.v_dim);
   }
 
   const State& state() const { return state_; }
 
   void begin(int sequence) {
     sequence_ = sequence;
-    for (int i = 0; i < n_; ++i) {
-      load_query(a_, sequence, query_of(a_, i), queries_ + i * k_stride_);
-      arrange<K>(queries_ + i * k_stride_, a_.pages.k_dim);
-    }
+    for (Strand& each : strands_) each.has_queries = false;
+    order_ = NumberType::kFloat;
     fill(state_.top, n_, kMinusInfinity);
     fill(state_.sum, n_, 0.0f);
     fill(state_.values, n_ * v_stride_, 0.0f);
   }
 
-  // Attend to the rows [from, to) of the sequence, at most kTileRows. All keys of a block lie before its values, and all
-  // pages are read in that order.
-  void attend(int from, int to) {
-    const int m = a_.group * a_.n_new, n = to - from;
-    each_page(from, to, [&](const Stretch& rows, int head) {
-      const K* keys = keys_in<K>(a_.pages, rows.bytes, head) + std::ptrdiff_t{rows.in_page} * a_.pages.k_dim;
-      in_fours(m, [&](int i, auto count) {
-        const std::ptrdiff_t query = std::ptrdiff_t{head} * m + i;
-        score_rows<K, decltype(count)::value>(keys, rows.n, a_.pages.k_dim, queries_ + query * k_stride_, k_stride_,
-                                              scores_ + query * kTileRows + rows.at, i == 0 ? ahead(rows, keys) : nullptr);
-      });
-    });
-    const Sight sight(a_, sequence_);
-    for (int i = 0; i < n_; ++i) {
-      float* scores = scores_ + std::ptrdiff_t{i} * kTileRows;
-      sight.shape(query_of(a_, i), from, n, scores);
-      decay_[i] = soften(scores, n, state_.top[i], state_.sum[i]);
-    }
-    each_page(from, to, [&](const Stretch& rows, int head) {
-      const V* values = values_in<V>(a_.pages, rows.bytes, head) + std::ptrdiff_t{rows.in_page} * a_.pages.v_dim;
-      in_fours(m, [&](int i, auto count) {
-        const std::ptrdiff_t query = std::ptrdiff_t{head} * m + i;
-        add_values<V, decltype(count)::value>(values, rows.n, a_.pages.v_dim, scores_ + query * kTileRows + rows.at, decay_ + query,
-                                              state_.values + query * v_stride_, v_stride_, i == 0 ? ahead(rows, values) : nullptr);
-        for (int j = 0; j < decltype(count)::value; ++j) decay_[query + j] = 1.0f;  // the tile's other rows add to this
-      });
-    });
+  // Attend to the rows [from, to) of one strand of the sequence.
+  void attend(int which, int from, int to) {
+    Strand& own = strands_[which];
+    if (!own.has_queries) load_queries(own);
+    take_order(own.a->pages.v_type);
+    for (int row = from; row < to; row += kTileRows) attend(own, row, smaller(row + kTileRows, to));
   }
 
   // All rows were attended to.
-  void end() {
-    for (int i = 0; i < n_; ++i) settle<V>(state_.values + i * v_stride_, a_.pages.v_dim);
-  }
+  void end() { take_order(NumberType::kFloat); }
 
  private:
+  struct Strand {
+    const AttentionArguments* a;
+    float* queries;  // in the form in which they meet the strand's keys
+    bool has_queries;
+  };
+
+  void load_queries(Strand& own) {
+    const AttentionArguments& a = *own.a;
+    with_keys(a.pages.k_type, [&](auto format) {
+      for (int i = 0; i < n_; ++i) {
+        load_query(a, sequence_, query_of(a, i), own.queries + i * k_stride_);
+        arrange<decltype(format)>(own.queries + i * k_stride_, a.pages.k_dim);
+      }
+    });
+    own.has_queries = true;
+  }
+
+  // Values take the form in which rows of a type are added to them; floats leave them as they are.
+  void take_order(NumberType type) {
+    if (type == order_) return;
+    with_values(order_, [&](auto format) {
+      for (int i = 0; i < n_; ++i) settle<decltype(format)>(state_.values + i * v_stride_, v_dim_);
+    });
+    with_values(type, [&](auto format) {
+      for (int i = 0; i < n_; ++i) unsettle<decltype(format)>(state_.values + i * v_stride_, v_dim_);
+    });
+    order_ = type;
+  }
+
+  // At most kTileRows rows. All keys of a block lie before its values, and all pages are read in that order.
+  void attend(const Strand& own, int from, int to) {
+    const AttentionArguments& a = *own.a;
+    const int m = a.group * a.n_new, n = to - from;
+    with_keys(a.pages.k_type, [&](auto format) {
+      using K = decltype(format);
+      each_page<IsPacked<K> ? kTileRows : kTurn>(a, from, to, [&](const Stretch& rows, int head) {
+        const auto keys = rows_in<K>(a.pages, rows.bytes + keys_at(a.pages, head), a.pages.k_dim, rows.in_page);
+        in_fours(m, [&](int i, auto count) {
+          const std::ptrdiff_t query = std::ptrdiff_t{head} * m + i;
+          score_rows<K, decltype(count)::value>(keys, rows.n, a.pages.k_dim, own.queries + query * k_stride_, k_stride_,
+                                                scores_ + query * kTileRows + rows.at,
+                                                i == 0 ? ahead(a, rows, place_of(keys), IsPacked<K> ? a.pages.k_page_bytes : kPagesAhead) : nullptr);
+        });
+      });
+    });
+    const Sight sight(a, sequence_);
+    for (int i = 0; i < n_; ++i) {
+      float* scores = scores_ + std::ptrdiff_t{i} * kTileRows;
+      sight.shape(query_of(a, i), from, n, scores);
+      decay_[i] = soften(scores, n, state_.top[i], state_.sum[i]);
+    }
+    with_values(a.pages.v_type, [&](auto format) {
+      using V = decltype(format);
+      if constexpr (IsPacked<V>) return add_packed<V>(a, from, to);
+      else each_page<kTurn>(a, from, to, [&](const Stretch& rows, int head) {
+        const auto values = rows_in<V>(a.pages, rows.bytes + values_at(a.pages, head), v_dim_, rows.in_page);
+        in_fours(m, [&](int i, auto count) {
+          const std::ptrdiff_t query = std::ptrdiff_t{head} * m + i;
+          add_values<V, decltype(count)::value>(values, rows.n, v_dim_, scores_ + query * kTileRows + rows.at, decay_ + query,
+                                                state_.values + query * v_stride_, v_stride_,
+                                                i == 0 ? ahead(a, rows, place_of(values), kPagesAhead) : nullptr);
+          for (int j = 0; j < decltype(count)::value; ++j) decay_[query + j] = 1.0f;  // the tile's other rows add to this
+        });
+      });
+    });
+  }
+
+  // Values in tiles of their own: of one head all that fit into a few.
+  template <typename V>
+  void add_packed(const AttentionArguments& a, int from, int to) {
+    const int m = a.group * a.n_new, span = a.pages.block_tokens, last = (a.rows.counts[sequence_] - 1) / span;
+    for (int head = 0; head < a.pages.n_heads; ++head) {
+      ValueTiles<V> tiles;
+      const auto add = [&] {
+        in_fours(m, [&](int i, auto count) {
+          const std::ptrdiff_t query = std::ptrdiff_t{head} * m + i;
+          add_values<V, decltype(count)::value>(tiles, v_dim_, scores_ + query * kTileRows, decay_ + query,
+                                                state_.values + query * v_stride_, v_stride_, i == 0);
+        });
+        for (int i = 0; i < m; ++i) decay_[head * m + i] = 1.0f;  // the other rows add to this
+        tiles.n_tiles = 0;
+      };
+      for (int row = from; row < to;) {
+        const int block = row / span, n = smaller(smaller(span - row % span, to - row), kTileRows);
+        const Stretch rows{block_bytes(a.pages, sequence_, block), block_bytes(a.pages, sequence_, smaller(block + 2, last)),
+                           row % span, row - from, n};
+        if (!tiles.has_room(n)) add();
+        const auto values = rows_in<V>(a.pages, rows.bytes + values_at(a.pages, head), v_dim_, rows.in_page);
+        // The tiles are gone over once for every few channels, so that what comes next is the next head's.
+        tiles.add(values, n, rows.at, ahead(a, rows, place_of(values), a.pages.v_page_bytes));
+        row += n;
+      }
+      add();
+    }
+  }
+
   // Rows of one block that lie in a tile.
   struct Stretch {
     const char* bytes;  // of the block
@@ -109,32 +181,33 @@ class Decoding {
     Stretch turn(int row, int most) const { return {bytes, next, in_page + row, at + row, smaller(most, n - row)}; }
   };
 
-  // What is wanted kPagesAhead bytes after a place in a block: blocks are read from their first byte to their last.
-  const char* ahead(const Stretch& rows, const void* place) const {
-    const std::ptrdiff_t wanted = static_cast<const char*>(place) - rows.bytes + kPagesAhead, behind = wanted - read_bytes_;
+  // What is wanted so many bytes after a place in a block: blocks are read from their first byte to their last.
+  static const char* ahead(const AttentionArguments& a, const Stretch& rows, const void* place, std::ptrdiff_t distance) {
+    const std::ptrdiff_t wanted = static_cast<const char*>(place) - rows.bytes + distance;
+    const std::ptrdiff_t behind = wanted - a.pages.n_heads * (a.pages.k_page_bytes + a.pages.v_page_bytes);
     return behind < 0 ? rows.bytes + wanted : rows.next + behind;
   }
 
   // function(stretch, head) for the rows [from, to).
-  template <typename Function>
-  void each_page(int from, int to, const Function& function) const {
+  template <int kRowsOfTurn, typename Function>
+  void each_page(const AttentionArguments& a, int from, int to, const Function& function) const {
     constexpr int kMost = kTileRows / kTurn + 1;
-    const int span = a_.pages.block_tokens;
+    const int span = a.pages.block_tokens;
     Stretch stretches[kMost];
-    const bool takes_turns = kTakesTurns && span >= kTurn;
+    const bool takes_turns = (kTakesTurns || kRowsOfTurn == kTileRows) && span >= kTurn;
     int n = 0, most = 0;
-    const int last = (a_.rows.counts[sequence_] - 1) / span, later = takes_turns ? (kTileRows + span - 1) / span : 1;
+    const int last = (a.rows.counts[sequence_] - 1) / span, later = takes_turns ? (kTileRows + span - 1) / span : 1;
     for (int row = from; row < to;) {
       const int block = row / span;
-      const Stretch next{block_bytes(a_.pages, sequence_, block), block_bytes(a_.pages, sequence_, smaller(block + later, last)),
+      const Stretch next{block_bytes(a.pages, sequence_, block), block_bytes(a.pages, sequence_, smaller(block + later, last)),
                          row % span, row - from, smaller(span - row % span, to - row)};
       row += next.n;
       most = larger(most, next.n);
       if (takes_turns) stretches[n++] = next;
-      else for (int head = 0; head < a_.pages.n_heads; ++head) function(next, head);
+      else for (int head = 0; head < a.pages.n_heads; ++head) function(next, head);
     }
-    const int turn = n == 1 ? kTileRows : kTurn;
-    for (int head = 0; head < a_.pages.n_heads && n > 0; ++head) {
+    const int turn = n == 1 ? kTileRows : kRowsOfTurn;
+    for (int head = 0; head < a.pages.n_heads && n > 0; ++head) {
       for (int row = 0; row < most; row += turn) {
         for (int i = 0; i < n; ++i) {
           if (row < stretches[i].n) function(stretches[i].turn(row, turn), head);
@@ -143,11 +216,13 @@ class Decoding {
     }
   }
 
-  const AttentionArguments& a_;
   int n_;
-  std::ptrdiff_t k_stride_, v_stride_, read_bytes_;
-  float *queries_, *scores_, *decay_;
+  std::ptrdiff_t k_stride_, v_stride_;
+  int v_dim_;
+  Strand strands_[kStrands];
+  float *scores_, *decay_;
   State state_;
+  NumberType order_ = NumberType::kFloat;
   int sequence_ = 0;
 };
 
@@ -164,34 +239,68 @@ struct Slot {
   State state{};
 };
 
-template <typename K, typename V>
-void decode_typed(const AttentionArguments& a) {
-  const int n_queries = Decoding<K, V>::queries_in(a);
+// The rows of a sequence in one strand. They are shared out by their bytes.
+struct Share {
+  std::int64_t bytes;  // of a row
+  int skip, count;
+
+  static Share of(const AttentionArguments& a, int sequence) {
+    const std::int64_t page = a.pages.k_page_bytes + a.pages.v_page_bytes;
+    return {larger<std::int64_t>(page / a.pages.block_tokens, 1), a.rows.skips[sequence], a.rows.counts[sequence] - a.rows.skips[sequence]};
+  }
+
+  std::int64_t total() const { return bytes * count; }
+
+  // The first row that belongs to whoever begins `at` bytes behind the share's first one: at the edge of a tile of rows.
+  int row_at(std::int64_t at) const {
+    const int row = static_cast<int>(between<std::int64_t>((at + bytes - 1) / bytes, 0, count));
+    if (row == 0 || row == count) return row;
+    return between((skip + row + kLanes - 1) / kLanes * kLanes - skip, 0, count);
+  }
+};
+
+inline void decode(const AttentionArguments& a) {
+  const int n_queries = Decoding::queries_in(a), n_strands = a.before != nullptr ? kStrands : 1;
   const std::ptrdiff_t state_floats = State::floats(n_queries, a.pages.v_dim);
-  const std::ptrdiff_t a_thread = Decoding<K, V>::floats(a) + 2 * state_floats;
-  std::int64_t total = 0;
-  for (int s = 0; s < a.n_sequences; ++s) total += a.rows.counts[s] - a.rows.skips[s];
-  const int n_threads = static_cast<int>(between<std::int64_t>(total * a.pages.n_heads / kLeastRows, 1, a.n_threads));
+  const std::ptrdiff_t a_thread = Decoding::floats(a) + 2 * state_floats;
+  std::int64_t total = 0, n_rows = 0;
+  for (int s = 0; s < a.n_sequences; ++s) {
+    for (int i = 0; i < n_strands; ++i) {
+      const Share share = Share::of(*strand(a, i), s);
+      total += share.total();
+      n_rows += share.count;
+    }
+  }
+  const int n_threads = static_cast<int>(between<std::int64_t>(n_rows * a.pages.n_heads / kLeastRows, 1, a.n_threads));
   Slot* const slots = reinterpret_cast<Slot*>(a.scratch + a.n_threads * a_thread);
   const int n_slots = 2 * n_threads;
   for (int i = 0; i < n_slots; ++i) slots[i] = Slot{};
   in_parallel(n_threads, [&](int thread) {
     float* memory = a.scratch + thread * a_thread;
-    Decoding<K, V> decoding(a, memory);
-    float* slot_memory = memory + Decoding<K, V>::floats(a);
+    Decoding decoding(a, memory);
+    float* slot_memory = memory + Decoding::floats(a);
     Slot* slot = slots + 2 * thread;
     const std::int64_t begin = total * thread / n_threads, end = total * (thread + 1) / n_threads;
-    std::int64_t at = 0;  // rows of the sequences before
+    std::int64_t at = 0;  // bytes of the sequences before
     for (int s = 0; s < a.n_sequences; ++s) {
-      const int skip = a.rows.skips[s], count = a.rows.counts[s] - skip;
-      const int from = static_cast<int>(between<std::int64_t>(begin - at, 0, count));
-      const int to = static_cast<int>(between<std::int64_t>(end - at, 0, count));
-      at += count;
-      if (from >= to && (count > 0 || thread > 0)) continue;
-      decoding.begin(s);
-      for (int row = skip + from; row < skip + to; row += kTileRows) decoding.attend(row, smaller(row + kTileRows, skip + to));
+      bool is_begun = false, is_whole = true;
+      const bool is_empty = sequence_rows(a, s) == 0;
+      for (int i = 0; i < n_strands; ++i) {
+        const Share share = Share::of(*strand(a, i), s);
+        const int from = share.row_at(begin - at), to = thread + 1 == n_threads ? share.count : share.row_at(end - at);
+        at += share.total();
+        is_whole = is_whole && from == 0 && to == share.count;
+        if (from >= to) continue;
+        if (!is_begun) decoding.begin(s);
+        is_begun = true;
+        decoding.attend(i, share.skip + from, share.skip + to);
+      }
+      if (!is_begun) {
+        if (!is_empty || thread > 0) continue;
+        decoding.begin(s);
+      }
       decoding.end();
-      if (from == 0 && to == count) {
+      if (is_whole) {
         finish(a, decoding.state(), s);
         continue;
       }
@@ -215,27 +324,10 @@ void decode_typed(const AttentionArguments& a) {
   }
 }
 
-template <typename K>
-void decode_keys(const AttentionArguments& a) {
-  switch (a.pages.v_type) {
-    case NumberType::kFloat: decode_typed<K, float>(a); break;
-    case NumberType::kBFloat: decode_typed<K, BFloat>(a); break;
-    case NumberType::kHalf: decode_typed<K, Half>(a); break;
-  }
-}
-
-inline void decode(const AttentionArguments& a) {
-  switch (a.pages.k_type) {
-    case NumberType::kFloat: decode_keys<float>(a); break;
-    case NumberType::kBFloat: decode_keys<BFloat>(a); break;
-    case NumberType::kHalf: decode_keys<Half>(a); break;
-  }
-}
-
 inline std::ptrdiff_t decode_floats(const AttentionArguments& a) {
   const std::ptrdiff_t slots = 2 * sizeof(Slot) / sizeof(float);
-  const std::ptrdiff_t states = 2 * State::floats(Decoding<float, float>::queries_in(a), a.pages.v_dim);
-  return a.n_threads * (Decoding<float, float>::floats(a) + states + slots);
+  const std::ptrdiff_t states = 2 * State::floats(Decoding::queries_in(a), a.pages.v_dim);
+  return a.n_threads * (Decoding::floats(a) + states + slots);
 }
 
 }  // namespace stratakv::STRATAKV_ISA

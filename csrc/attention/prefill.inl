@@ -9,8 +9,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "attention/arguments.h"
+#include "attention/formats.inl"
 #include "attention/panels.inl"
 #include "attention/reading.inl"
 #include "attention/sight.inl"
@@ -47,9 +49,16 @@ struct Units {
   static int pieces(const AttentionArguments& a, int tokens) { return (a.n_new + tokens - 1) / tokens; }
 };
 
+// Rows of any format, which are unpacked before they are packed into strips.
+struct Any {};
+
 // A call, seen from one thread.
 template <typename K, typename V>
 class Prefilling {
+  static constexpr bool kUnpacks = std::is_same_v<K, Any>;
+  using Key = std::conditional_t<kUnpacks, float, K>;
+  using Value = std::conditional_t<kUnpacks, float, V>;
+
  public:
   Prefilling(const AttentionArguments& a, int tokens, float* memory)
       : a_(a),
@@ -61,13 +70,14 @@ class Prefilling {
         keys_(decay_ + padded(whole_panels(m_))),
         values_(keys_ + kPanelRows * padded(a.pages.k_dim)),
         state_(State::at(values_ + kPanelRows * v_stride_, whole_panels(m_))),
-        spans_(reinterpret_cast<Span*>(state_.values + whole_panels(m_) * v_stride_)) {}
+        spans_(reinterpret_cast<Span*>(state_.values + whole_panels(m_) * v_stride_)),
+        unpacked_(state_.values + whole_panels(m_) * v_stride_ + span_floats(whole_panels(m_))) {}
 
   static std::ptrdiff_t floats(const AttentionArguments& a, int tokens) {
     const std::ptrdiff_t m = whole_panels(std::ptrdiff_t{tokens} * a.group);
     const std::ptrdiff_t of_queries = m * (padded(a.pages.k_dim) + kPanelRows) + padded(m) + State::floats(m, a.pages.v_dim);
-    const std::ptrdiff_t spans = padded(m / kPanel * static_cast<std::ptrdiff_t>(sizeof(Span) / sizeof(float)));
-    return of_queries + kPanelRows * (padded(a.pages.k_dim) + padded(a.pages.v_dim)) + spans;
+    const std::ptrdiff_t of_rows = kPanelRows * (padded(a.pages.k_dim) + padded(a.pages.v_dim));
+    return of_queries + of_rows + span_floats(m) + (kUnpacks ? of_rows : 0);
   }
 
   static constexpr int kUnit = kUnitQueries;
@@ -151,17 +161,33 @@ class Prefilling {
     return {all.from / Vec::kWidth * Vec::kWidth, all.to};
   }
 
+  static std::ptrdiff_t span_floats(std::ptrdiff_t m) {
+    return padded(m / kPanel * static_cast<std::ptrdiff_t>(sizeof(Span) / sizeof(float)));
+  }
+
   void pack(int row, int n) {
-    const K* keys[kPanelRows];
-    const V* values[kPanelRows];
+    const Key* keys[kPanelRows];
+    const Value* values[kPanelRows];
+    float* unpacked = unpacked_;
     for (int r = 0; r < n;) {
       const int block = (row + r) / a_.pages.block_tokens;
       const char* bytes = block_bytes(a_.pages, sequence_, block);
-      const K* block_keys = keys_in<K>(a_.pages, bytes, head_);
-      const V* block_values = values_in<V>(a_.pages, bytes, head_);
+      const char *block_keys = bytes + keys_at(a_.pages, head_), *block_values = bytes + values_at(a_.pages, head_);
       for (int at = (row + r) % a_.pages.block_tokens; at < a_.pages.block_tokens && r < n; ++at, ++r) {
-        keys[r] = block_keys + std::ptrdiff_t{at} * a_.pages.k_dim;
-        values[r] = block_values + std::ptrdiff_t{at} * a_.pages.v_dim;
+        if constexpr (kUnpacks) {
+          keys[r] = unpacked;
+          with_keys(a_.pages.k_type, [&](auto format) {
+            unpack(rows_in<decltype(format)>(a_.pages, block_keys, a_.pages.k_dim, at), a_.pages.k_dim, unpacked);
+          });
+          values[r] = unpacked += padded(a_.pages.k_dim);
+          with_values(a_.pages.v_type, [&](auto format) {
+            unpack(rows_in<decltype(format)>(a_.pages, block_values, a_.pages.v_dim, at), a_.pages.v_dim, unpacked);
+          });
+          unpacked += v_stride_;
+        } else {
+          keys[r] = rows_in<K>(a_.pages, block_keys, a_.pages.k_dim, at);
+          values[r] = rows_in<V>(a_.pages, block_values, a_.pages.v_dim, at);
+        }
       }
     }
     pack_keys(keys, n, a_.pages.k_dim, keys_);
@@ -174,6 +200,7 @@ class Prefilling {
   float *queries_, *scores_, *decay_, *keys_, *values_;
   State state_;
   Span* spans_;  // [panel], of the tile's rows
+  float* unpacked_;  // a tile's keys and values
   int sequence_ = 0, head_ = 0, from_ = 0;
 };
 
@@ -221,18 +248,21 @@ void prefill_keys(const AttentionArguments& a) {
   switch (a.pages.v_type) {
     case NumberType::kFloat: prefill_units<Prefilling<K, float>>(a); break;
     case NumberType::kBFloat: prefill_units<Prefilling<K, BFloat>>(a); break;
-    case NumberType::kHalf: prefill_units<Prefilling<K, Half>>(a); break;
+    default: prefill_units<Prefilling<K, Half>>(a); break;
   }
 }
+
+inline bool unpacks(const AttentionArguments& a) { return !is_plain(a.pages.k_type) || !is_plain(a.pages.v_type); }
 
 inline void prefill(const AttentionArguments& a) {
 #ifdef STRATAKV_AMX
   if (is_for_tiles(a)) return a.rounds ? prefill_units<TiledPrefilling<1>>(a) : prefill_units<TiledPrefilling<kParts>>(a);
 #endif
+  if (unpacks(a)) return prefill_units<Prefilling<Any, Any>>(a);
   switch (a.pages.k_type) {
     case NumberType::kFloat: prefill_keys<float>(a); break;
     case NumberType::kBFloat: prefill_keys<BFloat>(a); break;
-    case NumberType::kHalf: prefill_keys<Half>(a); break;
+    default: prefill_keys<Half>(a); break;
   }
 }
 
@@ -245,7 +275,7 @@ inline std::ptrdiff_t prefill_floats(const AttentionArguments& a) {
 #ifdef STRATAKV_AMX
   if (is_for_tiles(a)) return a.rounds ? unit_floats<TiledPrefilling<1>>(a) : unit_floats<TiledPrefilling<kParts>>(a);
 #endif
-  return unit_floats<Prefilling<float, float>>(a);
+  return unpacks(a) ? unit_floats<Prefilling<Any, Any>>(a) : unit_floats<Prefilling<float, float>>(a);
 }
 
 }  // namespace stratakv::STRATAKV_ISA

@@ -44,9 +44,9 @@ inline void load_query(const AttentionArguments& a, int sequence, Query query, f
   const std::ptrdiff_t at = sequence * a.query.sequence_stride + query.head * a.query.head_stride + query.token * a.query.token_stride;
   fill(to, padded(dim), 0.0f);
   switch (a.query_type) {
-    case NumberType::kFloat: load_query(static_cast<const float*>(a.query.data) + at, dim, a.rules.scale, to); break;
     case NumberType::kBFloat: load_query(static_cast<const BFloat*>(a.query.data) + at, dim, a.rules.scale, to); break;
     case NumberType::kHalf: load_query(static_cast<const Half*>(a.query.data) + at, dim, a.rules.scale, to); break;
+    default: load_query(static_cast<const float*>(a.query.data) + at, dim, a.rules.scale, to); break;
   }
 }
 

@@ -81,10 +81,10 @@ inline void finish(const AttentionArguments& a, int sequence, Query query, float
 
 // Writes the output and log-sum-exp of one query.
 inline void finish(const AttentionArguments& a, int sequence, Query query, float top, float sum, const float* values) {
-  switch (a.query_type) {
-    case NumberType::kFloat: finish<float>(a, sequence, query, top, sum, values); break;
+  switch (a.writes_floats ? NumberType::kFloat : a.query_type) {
     case NumberType::kBFloat: finish<BFloat>(a, sequence, query, top, sum, values); break;
     case NumberType::kHalf: finish<Half>(a, sequence, query, top, sum, values); break;
+    default: finish<float>(a, sequence, query, top, sum, values); break;
   }
 }
 

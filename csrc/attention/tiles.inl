@@ -174,6 +174,15 @@ inline void add_values(const V* rows, int n_rows, int dim, const float* weights,
   }
 }
 
+// Values in the order in which rows of numbers are added to them.
+template <typename V>
+inline void unsettle([[maybe_unused]] float* values, [[maybe_unused]] int dim) {
+  if constexpr (kApart<V>) {
+    constexpr int kAtOnce = kColumns<1> * Vec::kWidth;  // as for any number of queries there
+    for (int d = 0; d < dim / kAtOnce * kAtOnce; d += 2 * Vec::kWidth) part(values + d);
+  }
+}
+
 // Values in the order of their columns.
 template <typename V>
 inline void settle([[maybe_unused]] float* values, [[maybe_unused]] int dim) {

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <cstdint>
 #include <cstring>
 
 #include "numbers.h"
@@ -94,6 +95,13 @@ struct Vec {
     }
   }
 
+  // Whole numbers of at most 127.
+  void store_bytes(std::int8_t* p) const {
+    const __m256i whole = _mm256_cvtps_epi32(v);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  }
+
   static Vec zero_where_less(Vec a, Vec b, Vec value) {
     return {_mm256_andnot_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ), value.v)};
   }
@@ -103,5 +111,59 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
   }
 };
+
+// Eight 32-bit integers, or 32 bytes.
+struct Ints {
+  __m256i v;
+
+  static Ints zero() { return {_mm256_setzero_si256()}; }
+  static Ints all(std::int32_t x) { return {_mm256_set1_epi32(x)}; }
+  static Ints load(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+  void store(void* p) const { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
+  // Of each byte, kBits bits from kFrom on.
+  template <int kFrom, int kBits>
+  Ints field() const {
+    if constexpr (kBits == 8) return *this;
+    const __m256i moved = kFrom == 0 ? v : _mm256_srli_epi16(v, kFrom);
+    return {_mm256_and_si256(moved, _mm256_set1_epi8((1 << kBits) - 1))};
+  }
+
+  // sum[i] + the products of the four unsigned bytes of a[i] with the signed ones of b[i]; those are at most 64 in size.
+  static Ints dot(Ints sum, Ints a, Ints b) {
+    return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(_mm256_maddubs_epi16(a.v, b.v), _mm256_set1_epi16(1)))};
+  }
+  // Eight bytes, as two fours that each stand in four numbers.
+  static Ints spread(const std::int8_t* p) {
+    const __m256i bytes = _mm256_castsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))};
+  }
+  // 128 a + b.
+  static Ints joined(Ints a, Ints b) { return {_mm256_add_epi32(_mm256_slli_epi32(a.v, 7), b.v)}; }
+  Vec floats() const { return {_mm256_cvtepi32_ps(v)}; }
+
+  // The numbers in e4m3 that stand in one byte of each four.
+  template <int kByte>
+  Vec e4m3() const {
+    const __m256i x = _mm256_srli_epi32(v, 8 * kByte), size = _mm256_and_si256(x, _mm256_set1_epi32(0x7F));
+    const __m256i normal = _mm256_add_epi32(_mm256_slli_epi32(size, 20), _mm256_set1_epi32(120 << 23));
+    const __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(size), _mm256_set1_ps(0x1p-9f));  // without an exponent
+    const __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), size);
+    const __m256 found = _mm256_blendv_ps(_mm256_castsi256_ps(normal), small, _mm256_castsi256_ps(is_small));
+    const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(x, 24), _mm256_set1_epi32(static_cast<int>(0x80000000u)));
+    return {_mm256_or_ps(found, _mm256_castsi256_ps(sign))};
+  }
+
+  // Four numbers of four bytes each become four numbers with the first bytes of all, with the second, and so on.
+  Ints in_fours() const {
+    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return {_mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(order))};
+  }
+};
+
+// The sums of the fours of x[0], then of x[1].
+inline Ints sums_of_fours(const Ints (&x)[2]) {
+  return {_mm256_add_epi32(_mm256_permute2x128_si256(x[0].v, x[1].v, 0x20), _mm256_permute2x128_si256(x[0].v, x[1].v, 0x31))};
+}
 
 }  // namespace stratakv::STRATAKV_ISA

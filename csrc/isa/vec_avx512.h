@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <cstdint>
 #include <cstring>
 
 #include "numbers.h"
@@ -63,6 +64,11 @@ struct Vec {
     }
   }
 
+  // Whole numbers of at most 127.
+  void store_bytes(std::int8_t* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
+
   static Vec zero_where_less(Vec a, Vec b, Vec value) {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ), value.v)};
   }
@@ -86,5 +92,81 @@ struct Vec {
   // Sums of numbers of a, then of b, in turns.
   static __m512 in_pairs(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
 };
+
+// Sixteen 32-bit integers, or 64 bytes.
+struct Ints {
+  __m512i v;
+
+  static Ints zero() { return {_mm512_setzero_si512()}; }
+  static Ints all(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
+  static Ints load(const void* p) { return {_mm512_loadu_si512(p)}; }
+  void store(void* p) const { _mm512_storeu_si512(p, v); }
+
+  // Of each byte, kBits bits from kFrom on.
+  template <int kFrom, int kBits>
+  Ints field() const {
+    if constexpr (kBits == 8) return *this;
+    const __m512i moved = kFrom == 0 ? v : _mm512_srli_epi16(v, kFrom);
+    return {_mm512_and_si512(moved, _mm512_set1_epi8((1 << kBits) - 1))};
+  }
+
+  // sum[i] + the products of the four unsigned bytes of a[i] with the signed ones of b[i]; those are at most 64 in size.
+  static Ints dot(Ints sum, Ints a, Ints b) {
+#ifdef __AVX512VNNI__
+    return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)};
+#else
+    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(_mm512_maddubs_epi16(a.v, b.v), _mm512_set1_epi16(1)))};
+#endif
+  }
+  // Sixteen bytes, as four fours that each stand in four numbers.
+  static Ints spread(const std::int8_t* p) {
+    const __m512i bytes = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), bytes)};
+  }
+  // 128 a + b.
+  static Ints joined(Ints a, Ints b) { return {_mm512_add_epi32(_mm512_slli_epi32(a.v, 7), b.v)}; }
+  Vec floats() const { return {_mm512_cvtepi32_ps(v)}; }
+
+  // The numbers in e4m3 that stand in one byte of each four.
+  template <int kByte>
+  Vec e4m3() const {
+    const __m512i x = _mm512_srli_epi32(v, 8 * kByte), size = _mm512_and_si512(x, _mm512_set1_epi32(0x7F));
+    const __m512i normal = _mm512_add_epi32(_mm512_slli_epi32(size, 20), _mm512_set1_epi32(120 << 23));
+    const __m512 small = _mm512_mul_ps(_mm512_cvtepi32_ps(size), _mm512_set1_ps(0x1p-9f));  // without an exponent
+    const __mmask16 is_small = _mm512_cmplt_epi32_mask(size, _mm512_set1_epi32(8));
+    const __m512 found = _mm512_mask_mov_ps(_mm512_castsi512_ps(normal), is_small, small);
+    const __m512i sign = _mm512_and_si512(_mm512_slli_epi32(x, 24), _mm512_set1_epi32(static_cast<int>(0x80000000u)));
+    return {_mm512_or_ps(found, _mm512_castsi512_ps(sign))};
+  }
+
+  // Four numbers of four bytes each become four numbers with the first bytes of all, with the second, and so on.
+  Ints in_fours() const {
+    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return {_mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(order))};
+  }
+};
+
+// The sums of the fours of x[0], then of x[1], and so on.
+inline Ints sums_of_fours(const Ints (&x)[4]) {
+  const __m512i a = _mm512_add_epi32(_mm512_shuffle_i32x4(x[0].v, x[1].v, 0x44), _mm512_shuffle_i32x4(x[0].v, x[1].v, 0xEE));
+  const __m512i b = _mm512_add_epi32(_mm512_shuffle_i32x4(x[2].v, x[3].v, 0x44), _mm512_shuffle_i32x4(x[2].v, x[3].v, 0xEE));
+  return {_mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD))};
+}
+
+// 64 numbers times `factor` as whole numbers of two digits; returns the sum of those that stand 16 apart.
+inline Vec store_digits(const float* x, Vec factor, std::int8_t* high, std::int8_t* low) {
+  __m512i whole[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) whole[i] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), factor.v));
+  const __m512i sums = _mm512_add_epi32(_mm512_add_epi32(whole[0], whole[1]), _mm512_add_epi32(whole[2], whole[3]));
+  const __m512i a = _mm512_packs_epi32(whole[0], whole[1]), b = _mm512_packs_epi32(whole[2], whole[3]), half = _mm512_set1_epi16(64);
+  const __m512i a_high = _mm512_srai_epi16(_mm512_add_epi16(a, half), 7), b_high = _mm512_srai_epi16(_mm512_add_epi16(b, half), 7);
+  const __m512i a_low = _mm512_sub_epi16(a, _mm512_slli_epi16(a_high, 7)), b_low = _mm512_sub_epi16(b, _mm512_slli_epi16(b_high, 7));
+  // Fours of numbers come out in turns.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(high, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(a_high, b_high)));
+  _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(a_low, b_low)));
+  return {_mm512_cvtepi32_ps(sums)};
+}
 
 }  // namespace stratakv::STRATAKV_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 
 #include "numbers.h"
@@ -112,6 +113,11 @@ struct Vec {
     }
   }
 
+  // Whole numbers of at most 127.
+  void store_bytes(std::int8_t* p) const {
+    for (int i = 0; i < kWidth; ++i) p[i] = static_cast<std::int8_t>(v[i] == v[i] ? v[i] : 0.0f);
+  }
+
   static Vec zero_where_less(Vec a, Vec b, Vec value) { return map([&](int i) { return a.v[i] < b.v[i] ? 0.0f : value.v[i]; }); }
   static Vec round(Vec a) { return map([&](int i) { return std::nearbyint(a.v[i]); }); }
   static Vec power_of_two(Vec n) {
@@ -131,5 +137,93 @@ struct Vec {
     return out;
   }
 };
+
+// Eight 32-bit integers, or 32 bytes.
+struct Ints {
+  std::int32_t v[Vec::kWidth];
+
+  static Ints zero() { return all(0); }
+  static Ints all(std::int32_t x) {
+    Ints out;
+    for (std::int32_t& each : out.v) each = x;
+    return out;
+  }
+  static Ints load(const void* p) {
+    Ints out;
+    std::memcpy(out.v, p, sizeof out.v);
+    return out;
+  }
+
+  void store(void* p) const { std::memcpy(p, v, sizeof v); }
+
+  // Of each byte, kBits bits from kFrom on.
+  template <int kFrom, int kBits>
+  Ints field() const {
+    Ints out;
+    constexpr std::uint32_t kMask = ((1u << kBits) - 1) * 0x01010101u;
+    for (int i = 0; i < Vec::kWidth; ++i) {
+      out.v[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(v[i]) >> kFrom & kMask);
+    }
+    return out;
+  }
+
+  // sum[i] + the products of the four unsigned bytes of a[i] with the signed ones of b[i]; those are at most 64 in size.
+  static Ints dot(Ints sum, Ints a, Ints b) {
+    for (int i = 0; i < Vec::kWidth; ++i) {
+      std::uint8_t x[4];
+      std::int8_t y[4];
+      std::memcpy(x, &a.v[i], 4);
+      std::memcpy(y, &b.v[i], 4);
+      for (int j = 0; j < 4; ++j) sum.v[i] += x[j] * y[j];
+    }
+    return sum;
+  }
+  // Eight bytes, as two fours that each stand in four numbers.
+  static Ints spread(const std::int8_t* p) {
+    Ints out;
+    for (int i = 0; i < Vec::kWidth; ++i) std::memcpy(&out.v[i], p + i / 4 * 4, 4);
+    return out;
+  }
+  // 128 a + b.
+  static Ints joined(Ints a, Ints b) {
+    for (int i = 0; i < Vec::kWidth; ++i) b.v[i] += 128 * a.v[i];
+    return b;
+  }
+  Vec floats() const {
+    Vec out;
+    for (int i = 0; i < Vec::kWidth; ++i) out.v[i] = static_cast<float>(v[i]);
+    return out;
+  }
+
+  // The numbers in e4m3 that stand in one byte of each four.
+  template <int kByte>
+  Vec e4m3() const {
+    Vec out;
+    for (int i = 0; i < Vec::kWidth; ++i) {
+      const std::uint32_t x = static_cast<std::uint32_t>(v[i]) >> (8 * kByte);
+      const std::uint32_t size = x & 0x7F, bits = (size << 20) + (120u << 23);
+      std::memcpy(&out.v[i], &bits, sizeof bits);
+      if (size < 8) out.v[i] = static_cast<float>(size) * 0x1p-9f;  // without an exponent
+      if (x & 0x80) out.v[i] = -out.v[i];
+    }
+    return out;
+  }
+
+  // Four numbers of four bytes each become four numbers with the first bytes of all, with the second, and so on.
+  Ints in_fours() const {
+    Ints out;
+    const char* from = reinterpret_cast<const char*>(v);
+    char* to = reinterpret_cast<char*>(out.v);
+    for (int i = 0; i < 4 * Vec::kWidth; ++i) to[i / 16 * 16 + i % 4 * 4 + i / 4 % 4] = from[i];
+    return out;
+  }
+};
+
+// The sums of the fours of x[0], then of x[1].
+inline Ints sums_of_fours(const Ints (&x)[2]) {
+  Ints out;
+  for (int i = 0; i < Vec::kWidth; ++i) out.v[i] = x[i / 4].v[i % 4] + x[i / 4].v[4 + i % 4];
+  return out;
+}
 
 }  // namespace stratakv::STRATAKV_ISA

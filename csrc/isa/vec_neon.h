@@ -3,6 +3,7 @@
 
 #include <arm_neon.h>
 
+#include <cstdint>
 #include <cstring>
 
 #include "numbers.h"
@@ -63,6 +64,13 @@ struct Vec {
     x[3].v = vcombine_f32(vget_high_f32(upper.val[1]), vget_high_f32(lower.val[1]));
   }
 
+  // Whole numbers of at most 127.
+  void store_bytes(std::int8_t* p) const {
+    const int16x4_t words = vmovn_s32(vcvtnq_s32_f32(v));
+    const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
+    std::memcpy(p, &bytes, kWidth);
+  }
+
   static Vec zero_where_less(Vec a, Vec b, Vec value) {
     return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(value.v), vcltq_f32(a.v, b.v)))};
   }
@@ -72,5 +80,64 @@ struct Vec {
     return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.v), vdupq_n_s32(127)), 23))};
   }
 };
+
+// Four 32-bit integers, or 16 bytes.
+struct Ints {
+  int32x4_t v;
+
+  static Ints zero() { return all(0); }
+  static Ints all(std::int32_t x) { return {vdupq_n_s32(x)}; }
+  static Ints load(const void* p) { return {vreinterpretq_s32_u8(vld1q_u8(static_cast<const std::uint8_t*>(p)))}; }
+  void store(void* p) const { vst1q_u8(static_cast<std::uint8_t*>(p), vreinterpretq_u8_s32(v)); }
+
+  // Of each byte, kBits bits from kFrom on.
+  template <int kFrom, int kBits>
+  Ints field() const {
+    if constexpr (kBits == 8) return *this;
+    uint8x16_t bytes = vreinterpretq_u8_s32(v);
+    if constexpr (kFrom > 0) bytes = vshrq_n_u8(bytes, kFrom > 0 ? kFrom : 1);
+    return {vreinterpretq_s32_u8(vandq_u8(bytes, vdupq_n_u8((1 << kBits) - 1)))};
+  }
+
+  // sum[i] + the products of the four unsigned bytes of a[i] with the signed ones of b[i]; those are at most 64 in size.
+  static Ints dot(Ints sum, Ints a, Ints b) {
+    const uint8x16_t u = vreinterpretq_u8_s32(a.v);
+    const int8x16_t s = vreinterpretq_s8_s32(b.v);
+    const int16x8_t low = vmulq_s16(vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(u))), vmovl_s8(vget_low_s8(s)));
+    const int16x8_t high = vmulq_s16(vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(u))), vmovl_s8(vget_high_s8(s)));
+    return {vaddq_s32(sum.v, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)))};
+  }
+  // Four bytes, in all four numbers.
+  static Ints spread(const std::int8_t* p) {
+    std::int32_t four;
+    std::memcpy(&four, p, sizeof four);
+    return all(four);
+  }
+  // 128 a + b.
+  static Ints joined(Ints a, Ints b) { return {vaddq_s32(vshlq_n_s32(a.v, 7), b.v)}; }
+  Vec floats() const { return {vcvtq_f32_s32(v)}; }
+
+  // The numbers in e4m3 that stand in one byte of each four.
+  template <int kByte>
+  Vec e4m3() const {
+    const uint32x4_t whole = vreinterpretq_u32_s32(v);
+    uint32x4_t x = whole;
+    if constexpr (kByte > 0) x = vshrq_n_u32(whole, kByte > 0 ? 8 * kByte : 1);
+    const uint32x4_t size = vandq_u32(x, vdupq_n_u32(0x7F)), sign = vandq_u32(vshlq_n_u32(x, 24), vdupq_n_u32(0x80000000u));
+    const uint32x4_t normal = vaddq_u32(vshlq_n_u32(size, 20), vdupq_n_u32(120u << 23));
+    const float32x4_t small = vmulq_f32(vcvtq_f32_u32(size), vdupq_n_f32(0x1p-9f));  // without an exponent
+    const uint32x4_t found = vbslq_u32(vcltq_u32(size, vdupq_n_u32(8)), vreinterpretq_u32_f32(small), normal);
+    return {vreinterpretq_f32_u32(vorrq_u32(found, sign))};
+  }
+
+  // Four numbers of four bytes each become four numbers with the first bytes of all, with the second, and so on.
+  Ints in_fours() const {
+    const std::uint8_t order[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    return {vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(v), vld1q_u8(order)))};
+  }
+};
+
+// x[0] is one four.
+inline Ints sums_of_fours(const Ints (&x)[1]) { return x[0]; }
 
 }  // namespace stratakv::STRATAKV_ISA

@@ -116,7 +116,7 @@ class Forwarding {
     switch (model_.embedding.type) {
       case NumberType::kFloat: embed(static_cast<const float*>(model_.embedding.data) + at, stream(row)); break;
       case NumberType::kBFloat: embed(static_cast<const BFloat*>(model_.embedding.data) + at, stream(row)); break;
-      case NumberType::kHalf: embed(static_cast<const Half*>(model_.embedding.data) + at, stream(row)); break;
+      default: embed(static_cast<const Half*>(model_.embedding.data) + at, stream(row)); break;
     }
   }
 

@@ -162,7 +162,7 @@ inline void linear(const LinearArguments& a) {
   switch (a.matrix.type) {
     case NumberType::kFloat: is_many ? linear_many<float>(a) : linear_few<float>(a); break;
     case NumberType::kBFloat: is_many ? linear_many<BFloat>(a) : linear_few<BFloat>(a); break;
-    case NumberType::kHalf: is_many ? linear_many<Half>(a) : linear_few<Half>(a); break;
+    default: is_many ? linear_many<Half>(a) : linear_few<Half>(a); break;
   }
 }
 

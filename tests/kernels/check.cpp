@@ -27,6 +27,7 @@ float some() { return std::normal_distribution<float>()(engine); }
 
 constexpr NumberType kTypes[] = {NumberType::kFloat, NumberType::kBFloat, NumberType::kHalf};
 NumberType any_type() { return kTypes[any(0, 2)]; }
+NumberType any_page_type() { return any(0, 1) ? any_type() : static_cast<NumberType>(any(3, 6)); }
 
 // The number of a format that is nearest to x, of two the even one; or infinity.
 float held(float x, NumberType type) {
@@ -73,9 +74,59 @@ float taken(const char* from, NumberType type) {
 }
 
 int bytes_of(NumberType type) { return type == NumberType::kFloat ? 4 : 2; }
-const char* name_of(NumberType type) { return type == NumberType::kFloat ? "fp32" : type == NumberType::kBFloat ? "bf16" : "fp16"; }
+const char* name_of(NumberType type) { return type == NumberType::kFloat ? "fp32" : type == NumberType::kBFloat ? "bf16" : type == NumberType::kHalf ? "fp16" : type == NumberType::kFloat8 ? "fp8" : type == NumberType::kInt8 ? "int8" : type == NumberType::kInt4 ? "int4" : "int2"; }
 
 std::int64_t page_bytes(std::int64_t n, NumberType type) { return (n * bytes_of(type) + 63) / 64 * 64; }
+
+// A page of few bits: tiles of 16 rows, then parameters in bf16 (see docs/formats.md).
+struct Packed {
+  NumberType type;
+  bool is_key;
+  int span, dim;
+  int bits = type == NumberType::kInt4 ? 4 : type == NumberType::kInt2 ? 2 : 8, fields = 8 / bits, quads = (dim + 4 * fields - 1) / (4 * fields);
+  bool of_channels = is_key && bits < 8, is_affine = !is_key && bits < 8, rotates = type == NumberType::kInt8 || is_affine;
+  int tiles = (span + 15) / 16, groups = is_affine ? (dim + 127) / 128 : 1, n_parameters = is_affine ? 2 * groups : 1;
+
+  std::int64_t bytes() const {
+    const std::int64_t parameters = of_channels ? (span + 63) / 64 * 2 * dim : tiles * n_parameters * 16;
+    return (std::int64_t{tiles} * quads * 64 + 2 * parameters + 63) / 64 * 64;
+  }
+
+  // A parameter that was not chosen yet is no number.
+  float parameter(char* page, int at, bool is_step) const {
+    char* const place = page + std::int64_t{tiles} * quads * 64 + 2 * at;
+    if (std::isnan(taken(place, NumberType::kBFloat))) put(held(is_step ? (0.5f + std::fabs(some())) / (1 << bits) : some(), NumberType::kBFloat), NumberType::kBFloat, place);
+    return taken(place, NumberType::kBFloat);
+  }
+
+  void write(char* page, int row, float* values) const {
+    std::vector<double> x(dim);
+    for (int d = 0; d < dim; ++d) {
+      const int code = type == NumberType::kFloat8 ? any(0, 126) + 128 * any(0, 1) : any(0, (1 << bits) - 1), four = d / 4, shift = four % fields * bits;
+      char& byte = page[((std::int64_t{row / 16} * quads + four / fields) * 16 + row % 16) * 4 + d % 4];
+      byte = static_cast<char>((byte & ~(((1 << bits) - 1) << shift)) | code << shift);
+      const int first = row / 16 * n_parameters * 16 + row % 16;
+      if (of_channels) {
+        const int at = row / 64 * 2 * dim + d;
+        x[d] = double{parameter(page, at, true)} * code + parameter(page, at + dim, false);
+      } else if (is_affine) {
+        x[d] = double{parameter(page, first + d / 128 * 16, true)} * code + parameter(page, first + (groups + d / 128) * 16, false);
+      } else if (type == NumberType::kInt8) {
+        x[d] = double{parameter(page, first, true)} * (code - 128);
+      } else {
+        const int exponent = code >> 3 & 15, rest = code & 7;
+        const double size = exponent ? std::ldexp(8 + rest, exponent - 10) : std::ldexp(rest, -9);
+        x[d] = parameter(page, first, true) * (code & 128 ? -size : size);
+      }
+    }
+    const int size = rotates ? dim & -dim : 1;
+    for (int d = 0; d < dim; ++d) {
+      double sum = 0;
+      for (int i = 0; i < size; ++i) sum += (__builtin_popcount(d % size & i) % 2 ? -1 : 1) * x[d / size * size + i];
+      values[d] = static_cast<float>(sum / std::sqrt(size));
+    }
+  }
+};
 
 // Numbers of a format, behind which lie some that are none.
 struct Numbers {
@@ -111,7 +162,7 @@ bool is_near(const std::string& what, const std::vector<float>& found, const std
 struct Call {
   int n_sequences = any(1, 3), heads = any(1, 3), group = any(1, 5), n_new = one_of({1, 1, 2, 9, 40}), span = one_of({1, 7, 16, 64});
   int k_dim = any(1, 140), v_dim = any(1, 140), n_queries = heads * group, most = 0, n_blocks = 1;
-  NumberType k_type = any_type(), v_type = any_type(), type = any_type();
+  NumberType k_type = any_page_type(), v_type = any_page_type(), type = any_type();
   std::vector<std::int32_t> counts, skips, firsts, query_positions, table;
   std::vector<float> keys, values;
   std::vector<char> slab;
@@ -146,6 +197,7 @@ struct Call {
   }
 
   // Tiles take 16 of the 24 bits of queries and weights.
+  bool is_packed() const { return !is_plain(k_type) || !is_plain(v_type); }
   bool is_tiled(const Kernels& kernels) const {
     return std::string(kernels.isa) == "amx" && k_type == NumberType::kBFloat && v_type == NumberType::kBFloat;
   }
@@ -164,7 +216,8 @@ struct Call {
       most = std::max(most, counts.back());
     }
     n_blocks = std::max(1, (most + span - 1) / span);
-    const std::int64_t k_page = page_bytes(std::int64_t{span} * k_dim, k_type), v_page = page_bytes(std::int64_t{span} * v_dim, v_type);
+    const std::int64_t k_page = is_plain(k_type) ? page_bytes(std::int64_t{span} * k_dim, k_type) : Packed{k_type, true, span, k_dim}.bytes();
+    const std::int64_t v_page = is_plain(v_type) ? page_bytes(std::int64_t{span} * v_dim, v_type) : Packed{v_type, false, span, v_dim}.bytes();
     for (int i = 0; i < n_blocks * n_sequences; ++i) table.insert(table.end(), {0, n_blocks * n_sequences - 1 - i});
     a.pages = {slabs, table.data(), 2 * n_blocks, heads * (k_page + v_page), k_page, v_page, heads, span, k_dim, v_dim, k_type, v_type};
     slab.assign(a.pages.block_bytes * n_blocks * n_sequences + 64, '\xFF');
@@ -176,8 +229,12 @@ struct Call {
       for (int h = 0; h < heads; ++h) {
         for (int r = skips[s]; r < counts[s]; ++r) {
           char* const block = first + table[2 * (s * n_blocks + r / span) + 1] * a.pages.block_bytes;
-          write(block + h * k_page, r % span, k_dim, k_type, keys.data() + at(s, h, r) * k_dim, 1);
-          write(block + heads * k_page + h * v_page, r % span, v_dim, v_type, values.data() + at(s, h, r) * v_dim, size);
+          float *const key = keys.data() + at(s, h, r) * k_dim, *const value = values.data() + at(s, h, r) * v_dim;
+          char *const k_place = block + h * k_page, *const v_place = block + heads * k_page + h * v_page;
+          if (is_plain(k_type)) write(k_place, r % span, k_dim, k_type, key, 1);
+          else Packed{k_type, true, span, k_dim}.write(k_place, r % span, key);
+          if (is_plain(v_type)) write(v_place, r % span, v_dim, v_type, value, size);
+          else Packed{v_type, false, span, v_dim}.write(v_place, r % span, value);
         }
       }
     }
@@ -225,7 +282,7 @@ bool check_attention(const Kernels& kernels) {
   }
   std::vector<float> found;
   for (std::size_t i = 0; i < expected.size(); ++i) found.push_back(taken(call.out.data() + i * bytes_of(call.type), call.type));
-  const double tolerance = call.is_tiled(kernels) ? 2e-4 : 2e-5;
+  const double tolerance = call.is_packed() ? 2e-3 : call.is_tiled(kernels) ? 2e-4 : 2e-5;
   const double rounding = call.type == NumberType::kFloat ? 0 : call.type == NumberType::kBFloat ? 4e-3 : 5e-4;
   const std::string what = std::string(kernels.isa) + " attention, " + name_of(call.k_type) + " " + std::to_string(call.k_dim) + ", " +
                            name_of(call.v_type) + " " + std::to_string(call.v_dim) + ", queries in " + name_of(call.type) + ", first rows " +
@@ -237,7 +294,7 @@ bool check_attention(const Kernels& kernels) {
 bool check_rounding(const Kernels& kernels) {
   const float sizes[] = {1e-41f, 1e-7f, 3e-5f, 1, 300, 3e4f, 1e38f};  // of values
   Call call({0}, sizes[any(0, 6)]);
-  if (call.n_new > 1 || call.skips[0] > 0 || call.is_tiled(kernels)) return true;
+  if (call.n_new > 1 || call.skips[0] > 0 || call.is_packed() || call.is_tiled(kernels)) return true;
   call.a.rules = {0.0f, 0, 1, 0, 0, nullptr, nullptr};
   call.run(kernels);
   for (int q = 0; q < call.n_queries; ++q) {

@@ -23,6 +23,9 @@ except ImportError:  # installed without the extension
 
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMATS = {FORMAT_OF_DTYPE[dtype]: number for dtype, number in NUMBER_TYPES.items()}
+"""Those that rows are written in by kernels, too."""
+_READ = {**FORMATS, "fp8": 3, "int8": 4, "int4": 5, "int2": 6}
+_MOST_DIM = 1024  # of rows of few bits
 MASK_BOOL, MASK_FLOAT, MASK_BIAS = 1, 2, 3
 MOST_POSITIONS = 2**31 - 1
 PREFILL_QUERIES = 24
@@ -83,7 +86,7 @@ class CpuBackend(AttentionBackend):
         self._last: tuple[ReadPlan, tuple[object, ...], _Call] | None = None
 
     def supports(self, view: KVView, options: AttentionOptions, dtype: torch.dtype) -> str | None:
-        """Float pages in RAM."""
+        """Pages in RAM, in any of the library's formats."""
         del options
         if dtype not in NUMBER_TYPES:
             return f"queries are {dtype}"
@@ -91,8 +94,11 @@ class CpuBackend(AttentionBackend):
             arena = part.arena
             if arena.device.type != "cpu":
                 return f"pages are on {arena.device}"
-            if arena.k_codec.name not in FORMATS or arena.v_codec.name not in FORMATS:
-                return f"pages are stored as {arena.k_codec.name} and {arena.v_codec.name}"
+            formats = arena.spec.k_format, arena.spec.v_format
+            if not _READ.keys() >= set(formats):
+                return f"pages are stored as {' and '.join(formats)}"
+            if max(view.k_dim, view.v_dim) > _MOST_DIM and not FORMATS.keys() >= set(formats):
+                return f"head dims are {view.k_dim} and {view.v_dim}, where rows of few bits have at most {_MOST_DIM}"
         return None
 
     def run(self, query: Tensor, view: KVView, options: AttentionOptions) -> tuple[Tensor, Tensor]:
@@ -109,14 +115,13 @@ class CpuBackend(AttentionBackend):
         table, kind = _added(options)
         for part in view.parts:
             if is_whole:
-                call = self._new_call(query, part, view, options, options.sinks)
-                call.set_mask(table, kind, options.mask_offset)
+                call = self._new_call(query, part, view, options, options.sinks, (table, kind))
                 call.run(part, query, out, lse)
                 continue
             heads = query_heads(part, query.shape[1] // view.n_kv_heads)
             sinks = None if options.sinks is None else options.sinks[heads]
-            call = self._new_call(query, part, view, options, sinks)
-            call.set_mask(table if table is None or table.shape[1] == 1 else table[:, heads], kind, options.mask_offset)
+            own = table if table is None or table.shape[1] == 1 else table[:, heads]
+            call = self._new_call(query, part, view, options, sinks, (own, kind))
             own_out, own_lse = torch.empty_like(out[:, heads]), torch.empty_like(lse[:, heads])
             call.run(part, query[:, heads], own_out, own_lse)
             out[:, heads], lse[:, heads] = own_out, own_lse
@@ -136,19 +141,44 @@ class CpuBackend(AttentionBackend):
         member = part.arena.spec.members[part.member]
         facts = (
             *(member.heads, member.k_layout, member.v_layout, part.retention, options.scale, options.softcap),
+            None if part.recent is None else part.recent.plan,
             *(options.causal, view.seen_tokens, view.n_new, view.n_sequences, view.k_dim, view.v_dim),
             *(query.shape, query.dtype, query.is_cpu, torch.get_num_threads()),
         )
         last = self._last  # which nobody changes, so that threads may share it
         if last is None or last[0] is not part.plan or last[1] != facts:
             self._check(query, view, options)
-            last = self._last = part.plan, facts, self._new_call(query, part, view, options, None)
+            last = self._last = part.plan, facts, self._new_call(query, part, view, options, None, (None, 0))
         return last[2]
 
     def _new_call(
-        self, query: Tensor, part: KVPart, view: KVView, options: AttentionOptions, sinks: Tensor | None
+        self,
+        query: Tensor,
+        part: KVPart,
+        view: KVView,
+        options: AttentionOptions,
+        sinks: Tensor | None,
+        mask: tuple[Tensor | None, int],
     ) -> _Call:
-        """A call, but for where its numbers lie and its mask."""
+        """A call, but for where its numbers lie: over all rows of a part, recent ones included."""
+        strands = [
+            self._new_strand(query, each, view, options, sinks, mask)
+            for each in (part, part.recent)
+            if each is not None and each.plan.n_rows
+        ]
+        is_recent = part.recent is not None and not part.plan.n_rows
+        return _Call(strands or [self._new_strand(query, part, view, options, sinks, mask)], is_recent)
+
+    def _new_strand(
+        self,
+        query: Tensor,
+        part: KVPart,
+        view: KVView,
+        options: AttentionOptions,
+        sinks: Tensor | None,
+        mask: tuple[Tensor | None, int],
+    ) -> tuple[Any, tuple[object, ...]]:
+        """A call over the rows of a part alone, and what it has the addresses of."""
         step, plan, arena = self._kernels.Step(self.isa), part.plan, part.arena
         member = arena.spec.members[part.member]
         table, positions = plan.table, None if plan.is_one_run else plan.row_positions
@@ -162,8 +192,8 @@ class CpuBackend(AttentionBackend):
             member.v_layout.nbytes,
             view.k_dim,
             view.v_dim,
-            FORMATS[arena.k_codec.name],
-            FORMATS[arena.v_codec.name],
+            _READ[arena.k_codec.name],
+            _READ[arena.v_codec.name],
         )
         step.set_rules(
             options.scale,
@@ -181,38 +211,37 @@ class CpuBackend(AttentionBackend):
         step.set_rows(counts, skips, firsts, 0 if positions is None else positions.data_ptr(), queries)
         group = query.shape[1] // view.n_kv_heads
         step.set_queries(group, view.n_new, NUMBER_TYPES[query.dtype], torch.get_num_threads(), PREFILL_QUERIES)
-        return _Call(step, (table, positions, sinks, *each))
+        hidden, kind = mask
+        if hidden is not None:
+            if hidden.dtype != (torch.bool if kind == MASK_BOOL else torch.float32):
+                raise InvariantError(f"a mask of kind {kind} came to the kernels as {hidden.dtype}")
+            strides = (s if size > 1 else 0 for s, size in zip(hidden.stride()[:3], hidden.shape[:3], strict=True))
+            step.set_mask(hidden.data_ptr(), *strides, kind, options.mask_offset)
+        return step, (table, positions, sinks, hidden, *each)
 
 
 class _Call:
-    """A call of a kernel, with what it has the addresses of: that is held while other threads run."""
+    """A call of a kernel over one strand of rows or two, with what it has the addresses of: that is held meanwhile."""
 
-    def __init__(self, step: Any, held: tuple[object, ...]) -> None:
-        self._step = step
-        self._held = held
-
-    def set_mask(self, table: Tensor | None, kind: int, offset: int) -> None:
-        """With dense columns, as the kernel reads it."""
-        if table is None:
-            return
-        if table.dtype != (torch.bool if kind == MASK_BOOL else torch.float32):
-            raise InvariantError(f"a mask of kind {kind} came to the kernels as {table.dtype}")
-        strides = [stride if size > 1 else 0 for stride, size in zip(table.stride()[:3], table.shape[:3], strict=True)]
-        self._step.set_mask(table.data_ptr(), *strides, kind, offset)
-        self._held = (*self._held, table)
+    def __init__(self, strands: list[tuple[Any, tuple[object, ...]]], is_recent: bool) -> None:
+        self._steps = [step for step, _ in strands]
+        self._held = [held for _, held in strands]
+        self._is_recent = is_recent  # where there is one
 
     def run(self, part: KVPart, query: Tensor, out: Tensor, lse: Tensor) -> None:
         """Attend, from a query with dense numbers."""
-        part.arena.check_version(part.plan)
-        addresses, _slabs = part.arena.addresses(part.member)
-        self._step.run(
-            addresses.data_ptr(),
-            query.data_ptr(),
-            query.stride()[:3],
-            out.data_ptr(),
-            out.stride()[:3],
-            lse.data_ptr(),
-        )
+        operands = (query.data_ptr(), query.stride()[:3], out.data_ptr(), out.stride()[:3], lse.data_ptr())
+        used = [part, part.recent] if len(self._steps) == 2 else [part.recent if self._is_recent else part]
+        places = []
+        for strand in used:
+            assert strand is not None
+            strand.arena.check_version(strand.plan)
+            places.append(strand.arena.addresses(strand.member))  # with the slabs, which are held meanwhile
+        slabs = [addresses.data_ptr() for addresses, _ in places]
+        if len(slabs) == 1:
+            self._steps[0].run(*slabs, *operands)
+        else:
+            self._steps[1].run_after(self._steps[0], *slabs, *operands)
 
 
 def _operands(query: Tensor, view: KVView) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,227 @@
+// Rows of few bits, read as they lie: queries and weights become whole numbers, and products of bytes are added up.
+//
+// A page has its rows in tiles of 16: for each 4 channels (or 8, or 16, where a byte holds several) 16 times 4 bytes, one
+// four a row. So a register has many rows side by side, and scores need no sums across it; for sums over rows the fours
+// are turned, so that a four holds one channel of four rows. Whole numbers of 14 bits are two digits from -64 to 64, whose
+// products with bytes fit into 16 bits two at a time, which is what processors without dot products of bytes want.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "attention/arguments.h"
+#include "attention/rotation.inl"
+#include "attention/tiles.inl"
+#include "isa/partial.h"
+#include "isa/small.h"
+
+namespace stratakv::STRATAKV_ISA {
+
+constexpr int kLanes = 16;  // rows of a tile
+constexpr int kGroup = 128;  // channels of a row that share parameters, where not all do
+constexpr int kGroupRows = 64;  // rows that share a channel's parameters, or what is left of a page
+constexpr int kMostDim = 1024;
+constexpr int kPieces = kLanes / Vec::kWidth;
+constexpr int kMostTiles = kTileRows / kLanes + 4;
+constexpr float kMostDigits = 64 * 128 + 63;
+
+// How rows of a format are coded, with parameters a row: levels are `scale * (code - 128)`, or, for each 128 channels,
+// `lowest + step * code`; or `code` is a float, e4m3. Keys of few bits have `lowest + step * code` for each channel and 64 rows.
+enum class Coding { kCentred, kAffine, kFloating, kChannels };
+
+template <int kBitsOf, Coding kCodingOf>
+struct Packed {
+  static constexpr int kBits = kBitsOf, kFields = 8 / kBitsOf;
+  static constexpr Coding kCoding = kCodingOf;
+  // Levels are counted from the middle one on, so that what rounding does to queries and weights meets small numbers.
+  static constexpr float kMiddle = 0.5f * ((1 << kBits) - 1);
+  static constexpr bool kAffine = kCoding == Coding::kAffine, kRotates = kAffine || kCoding == Coding::kCentred;
+};
+using Float8 = Packed<8, Coding::kFloating>;
+using Int8 = Packed<8, Coding::kCentred>;
+using Int4 = Packed<4, Coding::kAffine>;
+using Int2 = Packed<2, Coding::kAffine>;
+using Int4Keys = Packed<4, Coding::kChannels>;
+using Int2Keys = Packed<2, Coding::kChannels>;
+
+template <typename T>
+concept IsPacked = requires { T::kBits; };
+template <typename T>
+concept IsFloating = IsPacked<T> && T::kCoding == Coding::kFloating;
+
+template <typename Function>
+inline void each_of_four(const Function& function) {
+  function(Count<0>{});
+  function(Count<1>{});
+  function(Count<2>{});
+  function(Count<3>{});
+}
+
+// function(Count<i>) for each of the codes in a byte.
+template <typename F, typename Function>
+inline void each_field(const Function& function) {
+  function(Count<0>{});
+  if constexpr (F::kFields > 1) function(Count<1>{});
+  if constexpr (F::kFields > 2) {
+    function(Count<2>{});
+    function(Count<3>{});
+  }
+}
+
+// Rows of a page from `row` on.
+template <typename F>
+struct PackedRows {
+  const char* codes;
+  const BFloat* parameters;
+  int dim, row;
+
+  static PackedRows in(const char* page, int dim, int block_tokens, int row) {
+    const std::ptrdiff_t n_tiles = (block_tokens + kLanes - 1) / kLanes;
+    return {page, reinterpret_cast<const BFloat*>(page + n_tiles * quads(dim) * 4 * kLanes), dim, row};
+  }
+
+  // Fours of bytes that a row has.
+  static int quads(int dim) { return (dim + 4 * F::kFields - 1) / (4 * F::kFields); }
+  static int groups(int dim) { return F::kAffine ? (dim + kGroup - 1) / kGroup : 1; }
+  static int n_parameters(int dim) { return F::kAffine ? 2 * groups(dim) : 1; }
+  // The fours of group g end before this one.
+  static int quads_to(int dim, int g) { return F::kAffine ? smaller(quads(dim), (g + 1) * kGroup / (4 * F::kFields)) : quads(dim); }
+
+  Ints load(int tile, int quad, int part) const {
+    return Ints::load(codes + ((std::ptrdiff_t{tile} * quads(dim) + quad) * kLanes + part * Vec::kWidth) * 4);
+  }
+  Vec parameter(int tile, int which, int part) const {
+    return Vec::load(parameters + (std::ptrdiff_t{tile} * n_parameters(dim) + which) * kLanes + part * Vec::kWidth);
+  }
+};
+
+template <typename F>
+inline const char* place_of(const PackedRows<F>& rows) {
+  return rows.codes + std::ptrdiff_t{rows.row} * PackedRows<F>::quads(rows.dim) * 4;
+}
+
+// A query as digits, four channels after the other; its scale, and what is to be added to sums of their products.
+struct Digits {
+  const std::int32_t *high, *low;
+  float scale;
+  std::int32_t offset;  // before they are scaled
+  float base;           // afterwards
+};
+
+// The factor that makes whole numbers of those whose largest is `most`. Smaller ones would have none, and count as 0.
+constexpr float kLeast = 1e-34f;
+inline float to_digits(float most) { return most > kLeast ? kMostDigits / most : 0.0f; }
+
+inline Vec size(Vec x) { return Vec::max(x, Vec::zero() - x); }
+
+// Numbers times `factor` as whole numbers of two digits, which it returns.
+inline Vec store_digits_one(const float* x, Vec factor, std::int8_t* high, std::int8_t* low) {
+  const Vec whole = Vec::round(Vec::load(x) * factor), top = Vec::round(whole * Vec::all(1.0f / 128));
+  top.store_bytes(high);
+  Vec::fma(top, Vec::all(-128.0f), whole).store_bytes(low);
+  return whole;
+}
+
+// Whole registers of them; returns the sums of those that have the same place in one.
+inline Vec store_digits(const float* x, int n, Vec factor, std::int8_t* high, std::int8_t* low) {
+  Vec sum = Vec::zero();
+  int i = 0;
+#ifdef __AVX512F__
+  for (; i + 64 <= n; i += 64) sum = sum + store_digits(x + i, factor, high + i, low + i);
+#endif
+  for (; i < n; i += Vec::kWidth) sum = sum + store_digits_one(x + i, factor, high + i, low + i);
+  return sum;
+}
+
+// Numbers `[kOf][stride]`, whose largest ones are known, as digits `[kOf][2][padded(dim)]`, their scales, and their sums as
+// whole numbers. All of them at once, since each waits for its largest number.
+template <int kOf>
+inline void digitise(const float* x, std::ptrdiff_t stride, int dim, const Vec (&largest)[kOf], std::int8_t* digits,
+                     std::ptrdiff_t digit_stride, float (&scale)[kOf], float (&sum)[kOf]) {
+  Vec inverse[kOf];
+  STRATAKV_UNROLL
+  for (int m = 0; m < kOf; ++m) {
+    const float most = largest[m].largest();
+    inverse[m] = Vec::all(to_digits(most));
+    scale[m] = most > kLeast ? most / kMostDigits : 0.0f;
+  }
+  STRATAKV_UNROLL
+  for (int m = 0; m < kOf; ++m) {
+    std::int8_t* const high = digits + m * digit_stride;
+    sum[m] = store_digits(x + m * stride, static_cast<int>(padded(dim)), inverse[m], high, high + padded(dim)).sum();
+  }
+}
+
+// A scaled query in the memory where it lies: rotated and as digits, where those are the same for all rows. Behind them
+// stand their scale and their sum.
+template <typename F>
+inline void digitise(float* query, int dim) {
+  rotate(query, dim);
+  alignas(64) std::int8_t digits[2 * kMostDim];
+  float scale[1], sum[1];
+  Vec largest[1] = {Vec::zero()}, total = Vec::zero();
+  for (int d = 0; d < dim; d += Vec::kWidth) {
+    largest[0] = Vec::max(size(Vec::load(query + d)), largest[0]);
+    total = total + Vec::load(query + d);
+  }
+  digitise<1>(query, 0, dim, largest, digits, 0, scale, sum);
+  std::memcpy(query, digits, 2 * padded(dim));
+  query[padded(dim) / 2] = scale[0] + 0.0f * total.sum();  // what is no number stays none
+  query[padded(dim) / 2 + 1] = sum[0];
+}
+
+inline Digits digits_of(const float* query, int dim) {
+  const std::ptrdiff_t n = padded(dim);
+  const std::int32_t* const digits = reinterpret_cast<const std::int32_t*>(query);
+  return {digits, digits + n / 4, query[n / 2], -128 * static_cast<std::int32_t>(query[n / 2 + 1]), 0.0f};
+}
+
+// Queries as they meet a group of rows: each channel times its step, and with all of their lowest levels.
+template <typename F, int kQueries>
+inline void digits_for(const float* queries, std::ptrdiff_t stride, int dim, const BFloat* parameters, std::int8_t* memory,
+                       Digits (&out)[kQueries]) {
+  alignas(64) float stepped[kQueries][kMostDim];
+  Vec base[kQueries], largest[kQueries];
+  STRATAKV_UNROLL
+  for (int m = 0; m < kQueries; ++m) base[m] = largest[m] = Vec::zero();
+  for (int d = 0; d < padded(dim); d += Vec::kWidth) {
+    const int n = larger(dim - d, 0);
+    const Vec step = load_up_to(parameters + d, n), level = Vec::fma(step, Vec::all(F::kMiddle), load_up_to(parameters + dim + d, n));
+    STRATAKV_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      const Vec query = Vec::load(queries + m * stride + d);
+      base[m] = Vec::fma(query, level, base[m]);
+      const Vec product = query * step;
+      largest[m] = Vec::max(size(product), largest[m]);
+      product.store(stepped[m] + d);
+    }
+  }
+  float scale[kQueries], sum[kQueries];
+  digitise<kQueries>(stepped[0], kMostDim, dim, largest, memory, 2 * kMostDim, scale, sum);
+  STRATAKV_UNROLL
+  for (int m = 0; m < kQueries; ++m) {
+    const std::int32_t* const digits = reinterpret_cast<const std::int32_t*>(memory + std::ptrdiff_t{m} * 2 * kMostDim);
+    // A query or a parameter that is no number is one of the base's.
+    out[m] = {digits, digits + padded(dim) / 4, scale[m], 0, base[m].sum() - F::kMiddle * scale[m] * sum[m]};
+  }
+}
+
+// Queries, before their first score.
+template <IsPacked F>
+inline void arrange(float* query, int dim) {
+  if constexpr (F::kCoding == Coding::kCentred) digitise<F>(query, dim);
+}
+
+// Values of queries, in the form in which rows are added to them, and back.
+template <IsPacked F>
+inline void settle(float* values, int dim) {
+  if constexpr (F::kRotates) rotate(values, dim);
+}
+template <IsPacked F>
+inline void unsettle(float* values, int dim) {
+  settle<F>(values, dim);
+}
+
+}  // namespace stratakv::STRATAKV_ISA

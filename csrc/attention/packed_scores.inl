@@ -1,0 +1,152 @@
+// Scores of queries against keys of few bits: a register has many rows side by side.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attention/packed.inl"
+#include "attention/tiles.inl"
+#include "isa/small.h"
+
+namespace stratakv::STRATAKV_ISA {
+
+// Scores of kTiles tiles of rows: kQueries registers for each part of each tile.
+template <IsFloating F, int kQueries, int kTiles>
+inline void score_tiles(const PackedRows<F>& rows, int tile, int part, const float* queries, std::ptrdiff_t stride,
+                        Vec (&total)[kTiles][kQueries], const char* ahead) {
+  STRATAKV_UNROLL
+  for (int t = 0; t < kTiles; ++t) {
+    STRATAKV_UNROLL
+    for (int m = 0; m < kQueries; ++m) total[t][m] = Vec::zero();
+  }
+  for (int quad = 0; quad < PackedRows<F>::quads(rows.dim); ++quad) {
+    Ints bytes[kTiles];
+    STRATAKV_UNROLL
+    for (int t = 0; t < kTiles; ++t) {
+      bytes[t] = rows.load(tile + t, quad, part);
+      if (ahead != nullptr) __builtin_prefetch(ahead + (t * PackedRows<F>::quads(rows.dim) + quad) * 4 * kLanes, 0, 2);
+    }
+    each_of_four([&](auto byte) {
+      constexpr int kByte = decltype(byte)::value;
+      STRATAKV_UNROLL
+      for (int t = 0; t < kTiles; ++t) {
+        const Vec keys = bytes[t].template e4m3<kByte>();
+        STRATAKV_UNROLL
+        for (int m = 0; m < kQueries; ++m) total[t][m] = Vec::fma(keys, Vec::all(queries[m * stride + 4 * quad + kByte]), total[t][m]);
+      }
+    });
+  }
+  STRATAKV_UNROLL
+  for (int t = 0; t < kTiles; ++t) {
+    const Vec scale = rows.parameter(tile + t, 0, part);
+    STRATAKV_UNROLL
+    for (int m = 0; m < kQueries; ++m) total[t][m] = total[t][m] * scale;
+  }
+}
+
+template <typename F, int kQueries, int kTiles>
+inline void score_tiles(const PackedRows<F>& rows, int tile, int part, const Digits (&digits)[kQueries], Vec (&total)[kTiles][kQueries],
+                        const char* ahead) {
+  Ints high[kTiles][kQueries], low[kTiles][kQueries];
+  STRATAKV_UNROLL
+  for (int t = 0; t < kTiles; ++t) {
+    STRATAKV_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      high[t][m] = Ints::zero();
+      low[t][m] = Ints::all(digits[m].offset);
+    }
+  }
+  for (int quad = 0; quad < PackedRows<F>::quads(rows.dim); ++quad) {
+    Ints bytes[kTiles];
+    STRATAKV_UNROLL
+    for (int t = 0; t < kTiles; ++t) {
+      bytes[t] = rows.load(tile + t, quad, part);
+      if (ahead != nullptr) __builtin_prefetch(ahead + (t * PackedRows<F>::quads(rows.dim) + quad) * 4 * kLanes, 0, 2);
+    }
+    each_field<F>([&](auto field) {
+      constexpr int kField = decltype(field)::value;
+      Ints codes[kTiles];
+      STRATAKV_UNROLL
+      for (int t = 0; t < kTiles; ++t) codes[t] = bytes[t].template field<kField * F::kBits, F::kBits>();
+      STRATAKV_UNROLL
+      for (int m = 0; m < kQueries; ++m) {
+        const int four = quad * F::kFields + kField;
+        const Ints first = Ints::all(digits[m].high[four]), second = Ints::all(digits[m].low[four]);
+        STRATAKV_UNROLL
+        for (int t = 0; t < kTiles; ++t) {
+          high[t][m] = Ints::dot(high[t][m], codes[t], first);
+          low[t][m] = Ints::dot(low[t][m], codes[t], second);
+        }
+      }
+    });
+  }
+  STRATAKV_UNROLL
+  for (int t = 0; t < kTiles; ++t) {
+    STRATAKV_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      Vec scale = Vec::all(digits[m].scale);
+      if constexpr (F::kCoding == Coding::kCentred) scale = scale * rows.parameter(tile + t, 0, part);
+      total[t][m] = Vec::fma(Ints::joined(high[t][m], low[t][m]).floats(), scale, Vec::all(digits[m].base));
+    }
+  }
+}
+
+// Scores of `n` rows, of which the first tile and the last may have others, too.
+template <typename F, int kQueries>
+inline void score_rows(const PackedRows<F>& rows, int n, int dim, const float* queries, std::ptrdiff_t stride, float* scores,
+                       const char* ahead) {
+  constexpr int kTiles = Vec::kRegisters >= 32 ? 2 : 1;  // as many as leave all sums in registers
+  const int from = rows.row, to = rows.row + n;
+  const std::ptrdiff_t tile_bytes = std::ptrdiff_t{PackedRows<F>::quads(dim)} * 4 * kLanes;
+  const auto put = [&](int tile, int part, const Vec(&total)[kQueries]) {
+    const int row = tile * kLanes + part * Vec::kWidth;
+    for (int m = 0; m < kQueries; ++m) {
+      float* const to_scores = scores + m * std::ptrdiff_t{kTileRows} + (row - from);
+      if (from <= row && row + Vec::kWidth <= to) {
+        total[m].store(to_scores);
+      } else {
+        float some[Vec::kWidth];
+        total[m].store(some);
+        for (int i = larger(from - row, 0); i < smaller(to - row, Vec::kWidth); ++i) to_scores[i] = some[i];
+      }
+    }
+  };
+  Digits digits[kQueries];
+  int tile = from / kLanes, end = 0;
+  const auto advance = [&](auto count) {
+    constexpr int kCount = decltype(count)::value;
+    for (; tile + kCount <= end; tile += kCount) {
+      const char* const wanted = ahead == nullptr ? nullptr : ahead + (tile - from / kLanes) * tile_bytes;
+      for (int part = 0; part < kPieces; ++part) {
+        Vec total[kCount][kQueries];
+        const char* const lines = part == 0 ? wanted : nullptr;
+        if constexpr (IsFloating<F>) score_tiles<F, kQueries, kCount>(rows, tile, part, queries, stride, total, lines);
+        else score_tiles<F, kQueries, kCount>(rows, tile, part, digits, total, lines);
+        for (int t = 0; t < kCount; ++t) put(tile + t, part, total[t]);
+      }
+    }
+  };
+  const auto advance_to = [&](int last) {
+    end = last;
+    advance(Count<kTiles>{});
+    if constexpr (kTiles > 1) advance(Count<1>{});
+  };
+  const int last = (to + kLanes - 1) / kLanes;
+  if constexpr (F::kCoding == Coding::kChannels) {
+    alignas(64) std::int8_t memory[kQueries][2 * kMostDim];
+    const std::ptrdiff_t group_bytes = std::ptrdiff_t{2 * static_cast<int>(sizeof(BFloat))} * dim;
+    for (int group = from / kGroupRows; group * kGroupRows < to; ++group) {
+      const char* const own = reinterpret_cast<const char*>(rows.parameters) + group * group_bytes;
+      if (ahead != nullptr) fetch(ahead + (own - rows.codes) - from / kLanes * tile_bytes, group_bytes);
+      digits_for<F, kQueries>(queries, stride, dim, rows.parameters + std::ptrdiff_t{group} * 2 * dim, memory[0], digits);
+      advance_to(smaller(last, (group + 1) * kGroupRows / kLanes));
+    }
+  } else {
+    if constexpr (!IsFloating<F>) {
+      for (int m = 0; m < kQueries; ++m) digits[m] = digits_of(queries + m * stride, dim);
+    }
+    advance_to(last);
+  }
+}
+
+}  // namespace stratakv::STRATAKV_ISA
