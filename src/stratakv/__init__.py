@@ -18,16 +18,18 @@ if TYPE_CHECKING:
     from stratakv import errors, policies
     from stratakv.integrations.transformers import Attachment, EncoderDecoderKVCache, KVCache, attach
     from stratakv.models import load
-    from stratakv.verification import VerifyReport, verify
+    from stratakv.verification import FidelityReport, VerifyReport, fidelity, verify
 
 __version__ = version("stratakv")
 
 _HOMES = {
     "Attachment": "stratakv.integrations.transformers",
     "EncoderDecoderKVCache": "stratakv.integrations.transformers",
+    "FidelityReport": "stratakv.verification",
     "KVCache": "stratakv.integrations.transformers",
     "VerifyReport": "stratakv.verification",
     "attach": "stratakv.integrations.transformers",
+    "fidelity": "stratakv.verification",
     "load": "stratakv.models",
     "verify": "stratakv.verification",
 }
@@ -36,11 +38,13 @@ _MODULES = ("errors", "policies")
 __all__ = [
     "Attachment",
     "EncoderDecoderKVCache",
+    "FidelityReport",
     "KVCache",
     "VerifyReport",
     "__version__",
     "attach",
     "errors",
+    "fidelity",
     "load",
     "policies",
     "verify",

@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stratakv.bench.attention import AttentionReport
+from stratakv.bench.fidelity import FidelityTable
 from stratakv.bench.fit import PowerFit
 from stratakv.bench.samples import Timing
 from stratakv.bench.scaling import ScalingReport
@@ -42,6 +43,32 @@ def attention_table(report: AttentionReport) -> Table:
         numbers = f"{p.speedup:.1f}", f"{bandwidth:.1f}", read, f"{p.share:.0%}"
         table.add_row(p.shape.name, p.format, f"{p.n_tokens:,}", paged, sdpa, *numbers)
     table.caption = _growth(report.growth)
+    return table
+
+
+def fidelity_table(report: FidelityTable) -> Table:
+    """What `bench fidelity` prints."""
+    way = "attached" if report.is_attached else "gathered"
+    table = Table(
+        title=f"Fidelity: {report.model}, {way}; {report.n_windows} windows of {report.n_tokens:,} tokens, "
+        f"{report.prefilled} of them prefilled"
+    )
+    table.add_column("format")
+    for heading in ("KL", "99 %", "top-1", "perplexity", "heads off by", "bytes a token", "one more", "ms a step"):
+        table.add_column(heading, justify="right")
+    for r in report.reports:
+        heads = [error for layer in r.output_errors for error in layer]
+        table.add_row(
+            r.k_format if r.k_format == r.v_format else f"{r.k_format}/{r.v_format}",
+            f"{r.kl:.2e}",
+            f"{r.kl_p99:.2e}",
+            f"{r.top1:.4f}",
+            f"{r.perplexity:.3f} ({r.perplexity_change:+.2%})",
+            f"{sum(heads) / len(heads):.2%}" if heads else "-",
+            f"{r.bytes_per_token:,.0f}",
+            f"{r.marginal_bytes_per_token:,}",
+            f"{r.seconds_per_token * 1e3:.1f}",
+        )
     return table
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from stratakv.cli.bench import attention, scaling
+from stratakv.cli.bench_fidelity import fidelity
 from stratakv.cli.bench_speed import batch, decode, prefill
 from stratakv.cli.chat import chat
 from stratakv.cli.failures import OneLineFailures
@@ -21,6 +22,7 @@ COMMANDS: Mapping[str, Callable[..., Any]] = {
     "chat": chat,
     "bench scaling": scaling,
     "bench attention": attention,
+    "bench fidelity": fidelity,
     "bench decode": decode,
     "bench prefill": prefill,
     "bench batch": batch,

@@ -1,6 +1,7 @@
 """Proof that what comes out of a cache is right."""
 
 from stratakv.verification.consistency import verify
+from stratakv.verification.fidelity import FidelityReport, fidelity
 from stratakv.verification.report import CutResult, Divergence, VerifyReport
 
-__all__ = ["CutResult", "Divergence", "VerifyReport", "verify"]
+__all__ = ["CutResult", "Divergence", "FidelityReport", "VerifyReport", "fidelity", "verify"]
