@@ -27,13 +27,16 @@ constexpr int kPieces = kLanes / Vec::kWidth;
 constexpr int kMostTiles = kTileRows / kLanes + 4;
 constexpr float kMostDigits = 64 * 128 + 63;
 
+// Shares of the way from a row's smallest number to its largest that levels may span: formats try the first few of these.
+constexpr float kSpread[] = {1.0f, 0.8f, 0.63f};
+
 // How rows of a format are coded, with parameters a row: levels are `scale * (code - 128)`, or, for each 128 channels,
 // `lowest + step * code`; or `code` is a float, e4m3. Keys of few bits have `lowest + step * code` for each channel and 64 rows.
 enum class Coding { kCentred, kAffine, kFloating, kChannels };
 
 template <int kBitsOf, Coding kCodingOf>
 struct Packed {
-  static constexpr int kBits = kBitsOf, kFields = 8 / kBitsOf;
+  static constexpr int kBits = kBitsOf, kFields = 8 / kBitsOf, kSpreads = kBitsOf == 2 ? 3 : 1;
   static constexpr Coding kCoding = kCodingOf;
   // Levels are counted from the middle one on, so that what rounding does to queries and weights meets small numbers.
   static constexpr float kMiddle = 0.5f * ((1 << kBits) - 1);

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
-from stratakv.attention.cpu import instruction_sets, is_built
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.errors import CapacityError, ConfigurationError, UnsupportedError
+from stratakv.extension import instruction_sets, is_built
 from stratakv.integrations.transformers import KVCache
 from stratakv.integrations.transformers.compat import cache_keyword
 from stratakv.models.native import NativeRunner

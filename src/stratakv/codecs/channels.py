@@ -99,7 +99,8 @@ class ChannelCodec(TileCodec):
 
         lowest = rows.amin(-2, keepdim=True)
         step = (rows.amax(-2, keepdim=True) - lowest) / most
-        lowest, step = read(lowest), read(step)
+        is_number = lowest.isfinite() & step.isfinite()
+        lowest, step = (read(torch.where(is_number, parameter, torch.nan)) for parameter in (lowest, step))
         codes = torch.where(step > 0, (rows - lowest) / step, 0.0).round().clamp(0, most).nan_to_num(0.0)
         parameters = torch.cat((stored(step, exponent), stored(lowest, exponent)), -2)
         return codes.to(torch.uint8), parameters

@@ -92,4 +92,4 @@ class RowCodec(TileCodec):
             rotated(rows) if self.rotates else rows, lambda p: torch.ldexp(stored(p, exponent).float(), -exponent)
         )
         is_number = parameters.isfinite().all(-1, keepdim=True)
-        return codes, stored(torch.where(is_number, parameters, torch.nan), exponent)
+        return codes * is_number, stored(torch.where(is_number, parameters, torch.nan), exponent)

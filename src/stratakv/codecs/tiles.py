@@ -117,6 +117,9 @@ def in_range(values: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def stored(parameters: Tensor, exponent: Tensor) -> Tensor:
-    """`parameters` times powers of two in bf16. What is too large for it saturates; what is no number is NaN."""
-    large = torch.ldexp(parameters, exponent).clamp(-_LARGEST, _LARGEST)
+    """`parameters` times powers of two in bf16. What is too large for it saturates; what is no number is NaN.
+
+    There is no negative zero, since which zero is the least of several is not the same on all processors.
+    """
+    large = torch.ldexp(parameters, exponent).clamp(-_LARGEST, _LARGEST) + 0.0
     return torch.where(parameters.isfinite(), large, torch.nan).to(PARAMETER)

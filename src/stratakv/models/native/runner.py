@@ -9,12 +9,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from stratakv.attention.cpu import NUMBER_TYPES, load_kernels
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
 from stratakv.codecs.floats import FORMAT_OF_DTYPE
 from stratakv.errors import CapacityError, ConfigurationError
+from stratakv.extension import NUMBER_TYPES, load_kernels
 from stratakv.models.native.architecture import Architecture, architecture_of
 from stratakv.models.native.binding import Binding
 from stratakv.models.native.inspection import check_logits
@@ -64,16 +64,34 @@ class NativeRunner:
         check_logits(model, lambda tokens: self.forward(self.new_batch(), tokens, every=True), dtype)
 
     def new_batch(
-        self, *, format: str | None = None, block_tokens: int = 64, policy: RetentionPolicy | None = None
+        self,
+        *,
+        format: str | None = None,
+        block_tokens: int = 64,
+        policy: RetentionPolicy | None = None,
+        residual: int | None = None,
     ) -> SequenceBatch:
-        """An empty paged cache for this model. `format` None: that of the weights.
+        """An empty paged cache for this model.
+
+        Args:
+            format: of the pages; None: that of the weights.
+            block_tokens: rows in a block.
+            policy: which rows stay; None: all.
+            residual: how many of the last rows are held in 16 bits beside fewer; None: as many as the format asks for.
 
         Raises:
-            ConfigurationError: another format than those in `FORMATS`, a block of no tokens.
+            ConfigurationError: an unknown format, a block of no tokens, or a residual that the format cannot have.
         """
         format = format or FORMAT_OF_DTYPE[self.weights.dtype]
-        layers = self.architecture.layer_specs()
-        spec = build_spec(layers, k_format=format, v_format=format, block_tokens=block_tokens, policy=policy)
+        spec = build_spec(
+            self.architecture.layer_specs(),
+            k_format=format,
+            v_format=format,
+            block_tokens=block_tokens,
+            policy=policy,
+            residual=residual,
+            recent_format="fp16" if self.weights.dtype == torch.float16 else "bf16",
+        )
         return SequenceBatch(Memory(spec, device=torch.device("cpu")), policy)
 
     @torch.inference_mode()
@@ -121,6 +139,7 @@ class NativeRunner:
             for start in range(0, n_new, span):
                 stop = min(start + span, n_new)
                 self._pass(binding, batch, tokens, start, stop, out, every=every)
+            batch.write_groups()
         except BaseException:
             if batch.open_step is not None:
                 batch.abort()
