@@ -33,10 +33,10 @@ inline Vec saturated<float>(Vec x) {
   return x;
 }
 
-// Row `row` of a page of numbers
+// A row of numbers
 template <typename T, typename From>
-inline void store_row(T, const From* from, int dim, char* page, int, int row) {
-  T* const to = reinterpret_cast<T*>(page) + std::ptrdiff_t{row} * dim;
+inline void store_row(const From* from, int dim, const T* row) {
+  T* const to = const_cast<T*>(row);
   if constexpr (std::is_same_v<T, From>) {
     std::memcpy(to, from, dim * sizeof(T));
   } else {
@@ -45,13 +45,21 @@ inline void store_row(T, const From* from, int dim, char* page, int, int row) {
 }
 
 // or of codes, where a row's are its own.
-template <IsPacked F, typename From>
-inline void store_row(F, const From* from, int dim, char* page, int block_tokens, int row) {
+template <typename F, typename From, typename Rows>
+inline void store_codes(const From* from, const Rows& row) {
   if constexpr (F::kCoding != Coding::kChannels) {
     alignas(64) float numbers[kMostDim];
-    for (int d = 0; d < dim; d += Vec::kWidth) load_up_to(from + d, dim - d).store(numbers + d);
-    RowCoder<F>().code(numbers, dim, page, block_tokens, row);
+    for (int d = 0; d < row.dim; d += Vec::kWidth) load_up_to(from + d, row.dim - d).store(numbers + d);
+    RowCoder<F>().code(numbers, row);
   }
+}
+template <typename F, typename From>
+inline void store_row(const From* from, int, const PackedKeys<F>& row) {
+  store_codes<F>(from, row);
+}
+template <typename F, typename From>
+inline void store_row(const From* from, int, const PackedValues<F>& row) {
+  store_codes<F>(from, row);
 }
 
 // The keys and values of one KV head become row `row` of a sequence, but for those that are coded with other rows.
@@ -59,9 +67,12 @@ template <typename From>
 inline void append_row(const Pages& pages, int sequence, int head, int row, const From* key, const From* value) {
   const int in_page = row % pages.block_tokens;
   char* const block = block_bytes(pages, sequence, row / pages.block_tokens);
-  with_keys(pages.k_type, [&](auto format) { store_row(format, key, pages.k_dim, block + keys_at(pages, head), pages.block_tokens, in_page); });
-  with_values(pages.v_type,
-              [&](auto format) { store_row(format, value, pages.v_dim, block + values_at(pages, head), pages.block_tokens, in_page); });
+  with_keys(pages.k_type, [&](auto format) {
+    store_row(key, pages.k_dim, key_rows_in<decltype(format)>(pages, block + keys_at(pages, head), in_page));
+  });
+  with_values(pages.v_type, [&](auto format) {
+    store_row(value, pages.v_dim, value_rows_in<decltype(format)>(pages, block + values_at(pages, head), in_page));
+  });
 }
 
 // The keys of a group of rows, from `row` of a sequence on; `keys` are the first one's.

@@ -45,12 +45,7 @@ struct Powers {
   }
 
   // And as it is read again.
-  float read(float parameter) const {
-    const std::uint32_t bits = std::uint32_t{stored(parameter).bits} << 16;
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x * down;
-  }
+  float read(float parameter) const { return widened(stored(parameter)) * down; }
 };
 
 // The largest number of a row and its largest negated, from which partial registers take no zeros.
@@ -108,27 +103,46 @@ inline void put_four(const std::uint8_t* codes, unsigned char* to) {
   std::memcpy(to, &word, sizeof word);
 }
 
-// The first four of a row of a page.
+// The first four of a row of keys.
 template <typename F>
-inline unsigned char* fours_of(const PackedRows<F>& rows, int row) {
+inline unsigned char* fours_of(const PackedKeys<F>& rows, int row) {
   unsigned char* const codes = reinterpret_cast<unsigned char*>(const_cast<char*>(rows.codes));
-  return codes + (std::ptrdiff_t{row / kLanes} * PackedRows<F>::quads(rows.dim) * kLanes + row % kLanes) * 4;
+  return codes + row / kLanes * PackedKeys<F>::tile_bytes(rows.dim) + row % kLanes * 4;
 }
 
 // Codes of one row, a byte each, and its parameters, kLanes apart.
 template <IsPacked F>
 class RowCoder {
  public:
-  // A row of fp32 numbers with zeros up to padded(dim), which is lost, becomes row `place` of a page.
-  void code(float* row, int dim, char* page, int block_tokens, int place) {
-    const PackedRows<F> rows = PackedRows<F>::in(page, dim, block_tokens, place);
-    const std::ptrdiff_t tile = place / kLanes * PackedRows<F>::n_parameters(dim);
-    code(row, dim, const_cast<BFloat*>(rows.parameters) + tile * kLanes + place % kLanes);
-    unsigned char* const fours = fours_of(rows, place);
-    for (int i = 0; i < PackedRows<F>::quads(dim); ++i) put_four<F>(codes_ + i * F::kFields * 4, fours + std::ptrdiff_t{i} * kLanes * 4);
+  // A row of fp32 numbers with zeros up to padded(dim), which is lost, becomes the first one of `to`.
+  void code(float* row, const PackedKeys<F>& to) {
+    code(row, to.dim, parameters_of(to));
+    unsigned char* const fours = fours_of(to, to.row);
+    for (int i = 0; i < PackedKeys<F>::quads(to.dim); ++i) put_four<F>(codes_ + i * F::kFields * 4, fours + std::ptrdiff_t{i} * kLanes * 4);
+  }
+
+  void code(float* row, const PackedValues<F>& to) {
+    code(row, to.dim, parameters_of(to));
+    const int n_words = PackedValues<F>::words(to.dim);
+    char* const first = const_cast<char*>(to.codes) + std::ptrdiff_t{to.row / 4} * n_words * 4 + to.row % 4;
+    for (int g = 0; g * kGroup < to.dim; ++g) {
+      const int own = PackedValues<F>::words_of(to.dim, g);
+      const std::uint8_t* const codes = codes_ + g * kGroup;
+      char* const bytes = first + PackedValues<F>::word_at(g) * 4;
+      for (int word = 0; word < own; ++word) {
+        unsigned byte = codes[word];
+        for (int i = 1; i < F::kFields; ++i) byte |= static_cast<unsigned>(codes[i * own + word]) << F::kBits * i;
+        bytes[word * 4] = static_cast<char>(byte);
+      }
+    }
   }
 
  private:
+  static BFloat* parameters_of(const PackedRows<F>& to) {
+    const std::ptrdiff_t tile = to.row / kLanes * PackedRows<F>::n_parameters(to.dim);
+    return const_cast<BFloat*>(to.parameters) + tile * kLanes + to.row % kLanes;
+  }
+
   void code(float* row, int dim, BFloat* parameters) {
     std::memset(codes_, 0, sizeof codes_);
     Vec largest = Vec::zero(), total = Vec::zero();
@@ -211,7 +225,7 @@ class GroupCoder {
   // `load(row, d, n)` gives the numbers of channels [d, d + n) of a row as a register. The first row is a page's `row`.
   template <typename Load>
   static void code(const Load& load, int n_rows, int dim, char* page, int block_tokens, int row) {
-    const PackedRows<F> rows = PackedRows<F>::in(page, dim, block_tokens, row);
+    const PackedKeys<F> rows(page, dim, block_tokens, row);
     BFloat* const parameters = const_cast<BFloat*>(rows.parameters) + std::ptrdiff_t{row / kGroupRows} * 2 * dim;
     for (int from = 0; from < dim; from += kChannels) {
       GroupCoder coder;

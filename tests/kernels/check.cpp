@@ -85,16 +85,18 @@ struct Packed {
   int span, dim;
   int bits = type == NumberType::kInt4 ? 4 : type == NumberType::kInt2 ? 2 : 8, fields = 8 / bits, quads = (dim + 4 * fields - 1) / (4 * fields);
   bool of_channels = is_key && bits < 8, is_affine = !is_key && bits < 8, rotates = type == NumberType::kInt8 || is_affine;
+  int words = is_key ? 0 : dim / 128 * (128 / fields) + (dim % 128 + fields - 1) / fields;  // of values, a byte for each of four rows
+  int row_bytes = is_key ? quads * 4 : words;
   int tiles = (span + 15) / 16, groups = is_affine ? (dim + 127) / 128 : 1, n_parameters = is_affine ? 2 * groups : 1;
 
   std::int64_t bytes() const {
     const std::int64_t parameters = of_channels ? (span + 63) / 64 * 2 * dim : tiles * n_parameters * 16;
-    return (std::int64_t{tiles} * quads * 64 + 2 * parameters + 63) / 64 * 64;
+    return (std::int64_t{tiles} * row_bytes * 16 + 2 * parameters + 63) / 64 * 64;
   }
 
   // A parameter that was not chosen yet is no number.
   float parameter(char* page, int at, bool is_step) const {
-    char* const place = page + std::int64_t{tiles} * quads * 64 + 2 * at;
+    char* const place = page + std::int64_t{tiles} * row_bytes * 16 + 2 * at;
     if (std::isnan(taken(place, NumberType::kBFloat))) put(held(is_step ? (0.5f + std::fabs(some())) / (1 << bits) : some(), NumberType::kBFloat), NumberType::kBFloat, place);
     return taken(place, NumberType::kBFloat);
   }
@@ -102,8 +104,12 @@ struct Packed {
   void write(char* page, int row, float* values) const {
     std::vector<double> x(dim);
     for (int d = 0; d < dim; ++d) {
-      const int code = type == NumberType::kFloat8 ? any(0, 126) + 128 * any(0, 1) : any(0, (1 << bits) - 1), four = d / 4, shift = four % fields * bits;
-      char& byte = page[((std::int64_t{row / 16} * quads + four / fields) * 16 + row % 16) * 4 + d % 4];
+      const int code = type == NumberType::kFloat8 ? any(0, 126) + 128 * any(0, 1) : any(0, (1 << bits) - 1), four = d / 4;
+      const int stretch = (std::min(128, dim - d / 128 * 128) + fields - 1) / fields;  // of values' channels
+      const int field = is_key ? four % fields : d % 128 / stretch, shift = field * bits;
+      const int word = d / 128 * (128 / fields) + d % 128 % stretch;
+      char& byte = is_key ? page[((std::int64_t{row / 16} * quads + four / fields) * 16 + row % 16) * 4 + d % 4]
+                          : page[(std::int64_t{row / 4} * words + word) * 4 + row % 4];
       byte = static_cast<char>((byte & ~(((1 << bits) - 1) << shift)) | code << shift);
       const int first = row / 16 * n_parameters * 16 + row % 16;
       if (of_channels) {
