@@ -138,7 +138,7 @@ inline void add_values(const ValueTiles<F>& rows, int dim, const float* weights,
 
 // Sums over all rows of kRegisters registers of words, and what they stand for.
 template <typename F, int kQueries, int kRegisters>
-inline void add_words(const ValueTiles<F>& rows, int dim, int g, int word, const Weights (&weights)[kQueries], const float* decay, float* values,
+inline void add_words(const ValueTiles<F>& rows, int dim, int g, int word, const Weights* weights, const float* decay, float* values,
                       std::ptrdiff_t stride, bool fetches) {
   const int n_words = PackedValues<F>::words(dim), own = PackedValues<F>::words_of(dim, g), first = PackedValues<F>::word_at(g) + word;
   Ints high[kQueries][F::kFields][kRegisters], low[kQueries][F::kFields][kRegisters];
@@ -190,33 +190,40 @@ inline void add_words(const ValueTiles<F>& rows, int dim, int g, int word, const
   }
 }
 
+// Of one group of channels, as many queries at once as have their sums in registers.
 template <typename F, int kQueries>
-inline void add_values(const ValueTiles<F>& rows, int dim, const float* weights, const float* decay, float* values, std::ptrdiff_t stride,
-                       bool fetches) {
-  constexpr int kSums = Vec::kRegisters >= 32 ? 24 : 8;  // that fit into registers, beside codes and digits
+inline void add_group(const ValueTiles<F>& rows, int dim, int g, const Weights* weights, const float* decay, float* values, std::ptrdiff_t stride,
+                      bool fetches) {
+  constexpr int kSums = Vec::kRegisters >= 32 ? 24 : 8;  // beside codes and digits
   constexpr int kMost = larger(1, kSums / (2 * F::kFields));
   if constexpr (kQueries > kMost) {
     constexpr int kFirst = (kQueries + 1) / 2;
-    add_values<F, kFirst>(rows, dim, weights, decay, values, stride, fetches);
-    add_values<F, kQueries - kFirst>(rows, dim, weights + kFirst * kTileRows, decay + kFirst, values + kFirst * stride, stride, false);
+    add_group<F, kFirst>(rows, dim, g, weights, decay, values, stride, fetches);
+    add_group<F, kQueries - kFirst>(rows, dim, g, weights + kFirst, decay + kFirst, values + kFirst * stride, stride, false);
   } else {
     constexpr int kRegisters = kSums / (2 * F::kFields * kQueries) >= 4 ? 4 : kSums / (2 * F::kFields * kQueries) >= 2 ? 2 : 1;
-    Weights digits[kQueries];
-    for (int t = 0; t < rows.n_tiles && fetches; ++t) {
-      const typename ValueTiles<F>::Tile& tile = rows.tiles[t];
-      if (tile.ahead != nullptr) fetch(reinterpret_cast<const char*>(tile.parameters) + (tile.ahead - tile.codes), PackedValues<F>::n_parameters(dim) * 32);
+    const int own = PackedValues<F>::words_of(dim, g);
+    int word = 0;
+    for (; word + kRegisters * Vec::kWidth <= own; word += kRegisters * Vec::kWidth) {
+      add_words<F, kQueries, kRegisters>(rows, dim, g, word, weights, decay, values, stride, fetches);
     }
-    for (int g = 0; g * kGroup < dim; ++g) {
-      if (F::kAffine || g == 0) {
-        for (int m = 0; m < kQueries; ++m) weigh(rows, dim, g, weights + m * kTileRows, digits[m]);
-      }
-      const int own = PackedValues<F>::words_of(dim, g);
-      int word = 0;
-      for (; word + kRegisters * Vec::kWidth <= own; word += kRegisters * Vec::kWidth) {
-        add_words<F, kQueries, kRegisters>(rows, dim, g, word, digits, decay, values, stride, fetches);
-      }
-      for (; word < own; word += Vec::kWidth) add_words<F, kQueries, 1>(rows, dim, g, word, digits, decay, values, stride, fetches);
+    for (; word < own; word += Vec::kWidth) add_words<F, kQueries, 1>(rows, dim, g, word, weights, decay, values, stride, fetches);
+  }
+}
+
+template <typename F, int kQueries>
+inline void add_values(const ValueTiles<F>& rows, int dim, const float* weights, const float* decay, float* values, std::ptrdiff_t stride,
+                       bool fetches) {
+  Weights parts[kQueries];
+  for (int t = 0; t < rows.n_tiles && fetches; ++t) {
+    const typename ValueTiles<F>::Tile& tile = rows.tiles[t];
+    if (tile.ahead != nullptr) fetch(reinterpret_cast<const char*>(tile.parameters) + (tile.ahead - tile.codes), PackedValues<F>::n_parameters(dim) * 32);
+  }
+  for (int g = 0; g * kGroup < dim; ++g) {
+    if (F::kAffine || g == 0) {
+      for (int m = 0; m < kQueries; ++m) weigh(rows, dim, g, weights + m * kTileRows, parts[m]);
     }
+    add_group<F, kQueries>(rows, dim, g, parts, decay, values, stride, fetches);
   }
 }
 
