@@ -61,6 +61,7 @@ class NativeRunner:
         self._bindings: WeakKeyDictionary[Memory, Binding] = WeakKeyDictionary()
         self._exact = exact
         self._lock = Lock()
+        self._logits: Tensor | None = None  # of `next_tokens`
         check_logits(model, lambda tokens: self.forward(self.new_batch(), tokens, every=True), dtype)
 
     def new_batch(
@@ -114,8 +115,7 @@ class NativeRunner:
             ConfigurationError: no tokens, token ids beyond the vocabulary, or a cache of another shape.
             CapacityError: no room, in the cache or for the logits.
         """
-        if not isinstance(batch, SequenceBatch):
-            raise ConfigurationError(f"a native runner writes into what its new_batch gives, not {type(batch)}")
+        _check_batch(batch)
         tokens = self._checked(tokens)
         n_sequences, n_new = tokens.shape
         shape = (n_sequences, n_new if every else 1, self.architecture.vocabulary)
@@ -126,6 +126,27 @@ class NativeRunner:
         with self._lock:  # the decoder has room for one forward
             self._feed(batch, tokens, out, every=every)
         return out
+
+    @torch.inference_mode()
+    def next_tokens(self, batch: SequenceBatch, tokens: Tensor) -> Tensor:
+        """Feed new tokens as `forward` does, and give each sequence's likeliest next one, int64 `[n_sequences, 1]`.
+
+        The logits stay in memory that the runner keeps: with many sequences new memory for each step costs as much as
+        a layer, and so does torch's argmax.
+
+        Raises:
+            As `forward`.
+        """
+        _check_batch(batch)
+        tokens = self._checked(tokens)
+        shape = (len(tokens), 1, self.architecture.vocabulary)
+        with self._lock:
+            if self._logits is None or self._logits.shape != shape:
+                self._logits = _floats(*shape)
+            self._feed(batch, tokens, self._logits, every=False)
+            likeliest = self._logits.numpy().argmax(-1)
+        with torch.inference_mode(mode=False):
+            return torch.from_numpy(likeliest)
 
     def _feed(self, batch: SequenceBatch, tokens: Tensor, out: Tensor, *, every: bool) -> None:
         """A step of `batch`, or nothing."""
@@ -177,6 +198,11 @@ class NativeRunner:
         if low < 0 or high >= self.architecture.vocabulary:
             raise ConfigurationError(f"token ids go from 0 to {self.architecture.vocabulary - 1}, got {low} to {high}")
         return tokens.resolve_neg().to("cpu", torch.int32).contiguous()
+
+
+def _check_batch(batch: object) -> None:
+    if not isinstance(batch, SequenceBatch):
+        raise ConfigurationError(f"a native runner writes into what its new_batch gives, not {type(batch)}")
 
 
 def _floats(*shape: int) -> Tensor:
