@@ -55,7 +55,7 @@ NEON_RUN ?= qemu-aarch64-static
 
 test-neon:
 	mkdir -p build
-	$(NEON_CXX) -std=c++20 -O3 -fno-math-errno -static -Icsrc csrc/dispatch.cpp csrc/isa/generic.cpp csrc/isa/neon.cpp tests/kernels/check.cpp -o build/check-neon
+	$(NEON_CXX) -std=c++20 -O3 -fno-math-errno -ffp-contract=off -static -Icsrc csrc/dispatch.cpp csrc/isa/generic.cpp csrc/isa/neon.cpp tests/kernels/check.cpp -o build/check-neon
 	$(NEON_RUN) build/check-neon
 
 # All packages but this one are those of the ordinary venv, which stays as it is.

@@ -16,6 +16,7 @@
 #include "runner/bindings.h"
 
 namespace nb = nanobind;
+using stratakv::AppendArguments;
 using stratakv::AttentionArguments;
 using stratakv::Kernels;
 
@@ -45,10 +46,11 @@ T* at(std::intptr_t address) {
 // Numbers from one sequence, head and token to the next.
 using Strides = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 
-// One call, whose arguments are set in groups. Once they are set, threads may run it side by side.
-class Step {
+// A call over pages, whose arguments are set in groups. Once they are set, threads may run it side by side.
+template <typename Arguments>
+class Call {
  public:
-  explicit Step(const std::string& isa) : kernels_(&stratakv::kernels_of(isa.c_str())) {}
+  explicit Call(const std::string& isa) : kernels_(&stratakv::kernels_of(isa.c_str())) {}
 
   void set_pages(std::intptr_t table, std::int64_t table_stride, int n_sequences, int n_heads, int block_tokens) {
     a_.pages.table = at<const std::int32_t>(table);
@@ -68,6 +70,39 @@ class Step {
     a_.pages.k_type = static_cast<stratakv::NumberType>(k_type);
     a_.pages.v_type = static_cast<stratakv::NumberType>(v_type);
   }
+
+ protected:
+  const Kernels* kernels_;
+  Arguments a_{};
+};
+
+// New rows into pages.
+class Append : public Call<AppendArguments> {
+ public:
+  using Call::Call;
+
+  void set_rows(int row, int n_tokens, bool in_groups, int n_threads) {
+    a_.row = row;
+    a_.n_tokens = n_tokens;
+    a_.in_groups = in_groups;
+    a_.n_threads = n_threads;
+  }
+
+  void run(std::intptr_t slabs, std::intptr_t keys, const Strides& k, std::intptr_t values, const Strides& v, int type) const {
+    AppendArguments a = a_;
+    a.pages.slabs = at<const std::int64_t>(slabs);
+    a.keys = {at<const void>(keys), std::get<0>(k), std::get<1>(k), std::get<2>(k)};
+    a.values = {at<const void>(values), std::get<0>(v), std::get<1>(v), std::get<2>(v)};
+    a.type = static_cast<stratakv::NumberType>(type);
+    nb::gil_scoped_release release;
+    kernels_->append(a);
+  }
+};
+
+// Attention of new queries.
+class Step : public Call<AttentionArguments> {
+ public:
+  using Call::Call;
 
   void set_rows(std::intptr_t counts, std::intptr_t skips, std::intptr_t first_positions, std::intptr_t positions,
                 std::intptr_t query_positions) {
@@ -125,9 +160,6 @@ class Step {
     nb::gil_scoped_release release;
     kernels_->attend(a);
   }
-
-  const Kernels* kernels_;
-  AttentionArguments a_{};
 };
 
 }  // namespace
@@ -146,6 +178,12 @@ NB_MODULE(_kernels, m) {
         return stratakv::read_all(at<const std::uint64_t>(words), n, n_threads);
       },
       "The sum of n 64-bit words, to measure how fast memory can be read.");
+  nb::class_<Append>(m, "Append")
+      .def(nb::init<const std::string&>())
+      .def("set_pages", &Append::set_pages)
+      .def("set_member", &Append::set_member)
+      .def("set_rows", &Append::set_rows)
+      .def("run", &Append::run);
   nb::class_<Step>(m, "Step")
       .def(nb::init<const std::string&>())
       .def("set_pages", &Step::set_pages)

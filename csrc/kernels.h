@@ -15,6 +15,7 @@ struct Kernels {
   bool (*is_prompt)(const AttentionArguments&);  // whether the kernel for prompts takes the call
   void (*attend)(const AttentionArguments&);
   std::ptrdiff_t (*attend_floats)(const AttentionArguments&);  // of scratch
+  void (*append)(const AppendArguments&);
   void (*forward)(const Model&, const Forward&);
   std::ptrdiff_t (*forward_floats)(const Model&, const Forward&);
 };

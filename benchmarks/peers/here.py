@@ -32,9 +32,9 @@ def bandwidth(threads: int) -> dict[str, Any]:
     """Bytes a second, the best of some reads: what disturbs a read can only slow it down."""
     import torch
 
-    from stratakv.attention.cpu import read_all
     from stratakv.bench.attention import CACHES, last_level_cache
     from stratakv.bench.samples import seconds_of
+    from stratakv.extension import read_all
 
     torch.set_num_threads(threads)
     words = torch.ones(CACHES * last_level_cache() // 8, dtype=torch.int64)

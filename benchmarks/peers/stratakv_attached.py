@@ -14,7 +14,8 @@ class StratakvAttached(TransformersPeer):
     def loaded(self) -> dict[str, str]:
         """Attach, and name the instruction set that the kernels run."""
         import stratakv
-        from stratakv.attention.cpu import CpuBackend, is_built
+        from stratakv.attention.cpu import CpuBackend
+        from stratakv.extension import is_built
 
         stratakv.attach(self.model)
         return {"stratakv": stratakv.__version__, "kernels": CpuBackend().isa if is_built() else "not built"}

@@ -42,7 +42,7 @@ class StratakvNative(TransformersPeer):
         import torch
 
         ids = ids if isinstance(ids, torch.Tensor) else torch.tensor(ids)
-        return self._runner.forward(self._cache, ids)[:, -1].argmax(-1)
+        return self._runner.next_tokens(self._cache, ids)[:, 0]
 
 
 if __name__ == "__main__":

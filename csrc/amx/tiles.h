@@ -92,7 +92,6 @@ struct Split {
   __m512i high, low;  // [32] bf16
 };
 
-inline float widened(BFloat x) { return _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(x.bits << 16))); }
 inline __m512 widened(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 
 // What is left of x, none where it is infinite or rounds to that.

@@ -80,4 +80,17 @@ struct AttentionArguments {
   const AttentionArguments* before;     // the same call over other rows, which are attended to as well; or null
 };
 
+// New rows for the pages.
+struct AppendArguments {
+  Pages pages;
+  HeadTensor<const void*> keys, values;  // [n_sequences, n KV heads, n_tokens, k_dim or v_dim]
+  NumberType type;                       // of the new rows
+  std::int32_t row;                      // in the table, of the first one
+  std::int32_t n_sequences, n_tokens;
+  // Those keys alone whose rows are coded together, from the first row of a group on to the last one of a group or of the
+  // sequence; or all others.
+  bool in_groups;
+  std::int32_t n_threads;
+};
+
 }  // namespace stratakv

@@ -112,7 +112,7 @@ class Decoding {
     with_keys(a.pages.k_type, [&](auto format) {
       using K = decltype(format);
       each_page<IsPacked<K> ? kTileRows : kTurn>(a, from, to, [&](const Stretch& rows, int head) {
-        const auto keys = rows_in<K>(a.pages, rows.bytes + keys_at(a.pages, head), a.pages.k_dim, rows.in_page);
+        const auto keys = key_rows_in<K>(a.pages, rows.bytes + keys_at(a.pages, head), rows.in_page);
         in_fours(m, [&](int i, auto count) {
           const std::ptrdiff_t query = std::ptrdiff_t{head} * m + i;
           score_rows<K, decltype(count)::value>(keys, rows.n, a.pages.k_dim, own.queries + query * k_stride_, k_stride_,
@@ -131,7 +131,7 @@ class Decoding {
       using V = decltype(format);
       if constexpr (IsPacked<V>) return add_packed<V>(a, from, to);
       else each_page<kTurn>(a, from, to, [&](const Stretch& rows, int head) {
-        const auto values = rows_in<V>(a.pages, rows.bytes + values_at(a.pages, head), v_dim_, rows.in_page);
+        const auto values = value_rows_in<V>(a.pages, rows.bytes + values_at(a.pages, head), rows.in_page);
         in_fours(m, [&](int i, auto count) {
           const std::ptrdiff_t query = std::ptrdiff_t{head} * m + i;
           add_values<V, decltype(count)::value>(values, rows.n, v_dim_, scores_ + query * kTileRows + rows.at, decay_ + query,
@@ -163,7 +163,7 @@ class Decoding {
         const Stretch rows{block_bytes(a.pages, sequence_, block), block_bytes(a.pages, sequence_, smaller(block + 2, last)),
                            row % span, row - from, n};
         if (!tiles.has_room(n)) add();
-        const auto values = rows_in<V>(a.pages, rows.bytes + values_at(a.pages, head), v_dim_, rows.in_page);
+        const auto values = value_rows_in<V>(a.pages, rows.bytes + values_at(a.pages, head), rows.in_page);
         // The tiles are gone over once for every few channels, so that what comes next is the next head's.
         tiles.add(values, n, rows.at, ahead(a, rows, place_of(values), a.pages.v_page_bytes));
         row += n;

@@ -1,8 +1,7 @@
 // Rows of few bits, read as they lie: queries and weights become whole numbers, and products of bytes are added up.
 //
-// A page has its rows in tiles of 16: for each 4 channels (or 8, or 16, where a byte holds several) 16 times 4 bytes, one
-// four a row. So a register has many rows side by side, and scores need no sums across it; for sums over rows the fours
-// are turned, so that a four holds one channel of four rows. Whole numbers of 14 bits are two digits from -64 to 64, whose
+// A page has its rows in tiles of 16, in the order in which dot products of fours of bytes want them: fours of a row's channels
+// for scores, fours of rows for sums of values (see docs/formats.md). Whole numbers of 14 bits are two digits from -64 to 64, whose
 // products with bytes fit into 16 bits two at a time, which is what processors without dot products of bytes want.
 #pragma once
 
@@ -27,13 +26,16 @@ constexpr int kPieces = kLanes / Vec::kWidth;
 constexpr int kMostTiles = kTileRows / kLanes + 4;
 constexpr float kMostDigits = 64 * 128 + 63;
 
+// Shares of the way from a row's smallest number to its largest that levels may span: formats try the first few of these.
+constexpr float kSpread[] = {1.0f, 0.8f, 0.63f};
+
 // How rows of a format are coded, with parameters a row: levels are `scale * (code - 128)`, or, for each 128 channels,
 // `lowest + step * code`; or `code` is a float, e4m3. Keys of few bits have `lowest + step * code` for each channel and 64 rows.
 enum class Coding { kCentred, kAffine, kFloating, kChannels };
 
 template <int kBitsOf, Coding kCodingOf>
 struct Packed {
-  static constexpr int kBits = kBitsOf, kFields = 8 / kBitsOf;
+  static constexpr int kBits = kBitsOf, kFields = 8 / kBitsOf, kSpreads = kBitsOf == 2 ? 3 : 1;
   static constexpr Coding kCoding = kCodingOf;
   // Levels are counted from the middle one on, so that what rounding does to queries and weights meets small numbers.
   static constexpr float kMiddle = 0.5f * ((1 << kBits) - 1);
@@ -70,36 +72,61 @@ inline void each_field(const Function& function) {
   }
 }
 
-// Rows of a page from `row` on.
+// Rows of a page from `row` on: codes in tiles of 16 rows, and parameters.
 template <typename F>
 struct PackedRows {
   const char* codes;
   const BFloat* parameters;
   int dim, row;
 
-  static PackedRows in(const char* page, int dim, int block_tokens, int row) {
-    const std::ptrdiff_t n_tiles = (block_tokens + kLanes - 1) / kLanes;
-    return {page, reinterpret_cast<const BFloat*>(page + n_tiles * quads(dim) * 4 * kLanes), dim, row};
-  }
+  PackedRows(const char* page, int dim_of, int block_tokens, int first, std::ptrdiff_t tile_bytes)
+      : codes(page),
+        parameters(reinterpret_cast<const BFloat*>(page + (block_tokens + kLanes - 1) / kLanes * tile_bytes)),
+        dim(dim_of),
+        row(first) {}
 
-  // Fours of bytes that a row has.
-  static int quads(int dim) { return (dim + 4 * F::kFields - 1) / (4 * F::kFields); }
   static int groups(int dim) { return F::kAffine ? (dim + kGroup - 1) / kGroup : 1; }
   static int n_parameters(int dim) { return F::kAffine ? 2 * groups(dim) : 1; }
-  // The fours of group g end before this one.
-  static int quads_to(int dim, int g) { return F::kAffine ? smaller(quads(dim), (g + 1) * kGroup / (4 * F::kFields)) : quads(dim); }
 
-  Ints load(int tile, int quad, int part) const {
-    return Ints::load(codes + ((std::ptrdiff_t{tile} * quads(dim) + quad) * kLanes + part * Vec::kWidth) * 4);
-  }
   Vec parameter(int tile, int which, int part) const {
     return Vec::load(parameters + (std::ptrdiff_t{tile} * n_parameters(dim) + which) * kLanes + part * Vec::kWidth);
   }
 };
 
+// Keys: for each few channels the four bytes of all rows of a tile.
 template <typename F>
-inline const char* place_of(const PackedRows<F>& rows) {
-  return rows.codes + std::ptrdiff_t{rows.row} * PackedRows<F>::quads(rows.dim) * 4;
+struct PackedKeys : PackedRows<F> {
+  PackedKeys(const char* page, int dim, int block_tokens, int row) : PackedRows<F>(page, dim, block_tokens, row, tile_bytes(dim)) {}
+
+  // Fours of bytes that a row has.
+  static int quads(int dim) { return (dim + 4 * F::kFields - 1) / (4 * F::kFields); }
+  static std::ptrdiff_t tile_bytes(int dim) { return std::ptrdiff_t{quads(dim)} * 4 * kLanes; }
+
+  Ints load(int tile, int quad, int part) const {
+    return Ints::load(this->codes + tile * tile_bytes(this->dim) + (quad * kLanes + part * Vec::kWidth) * 4);
+  }
+};
+
+// Values: for each four rows of a tile, and each byte that a row has, a word with that byte of the four. The channels of a
+// group are cut into as many stretches as a byte has codes.
+template <typename F>
+struct PackedValues : PackedRows<F> {
+  PackedValues(const char* page, int dim, int block_tokens, int row) : PackedRows<F>(page, dim, block_tokens, row, tile_bytes(dim)) {}
+
+  // Of group g, of all before it, and of all.
+  static int words_of(int dim, int g) { return (smaller(kGroup, dim - g * kGroup) + F::kFields - 1) / F::kFields; }
+  static int word_at(int g) { return g * (kGroup / F::kFields); }
+  static int words(int dim) { return word_at((dim - 1) / kGroup) + words_of(dim, (dim - 1) / kGroup); }
+  static std::ptrdiff_t tile_bytes(int dim) { return std::ptrdiff_t{words(dim)} * kLanes; }
+};
+
+template <typename F>
+inline const char* place_of(const PackedKeys<F>& rows) {
+  return rows.codes + rows.row * PackedKeys<F>::tile_bytes(rows.dim) / kLanes;
+}
+template <typename F>
+inline const char* place_of(const PackedValues<F>& rows) {
+  return rows.codes + rows.row * PackedValues<F>::tile_bytes(rows.dim) / kLanes;
 }
 
 // A query as digits, four channels after the other; its scale, and what is to be added to sums of their products.

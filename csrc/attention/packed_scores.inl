@@ -12,19 +12,19 @@ namespace stratakv::STRATAKV_ISA {
 
 // Scores of kTiles tiles of rows: kQueries registers for each part of each tile.
 template <IsFloating F, int kQueries, int kTiles>
-inline void score_tiles(const PackedRows<F>& rows, int tile, int part, const float* queries, std::ptrdiff_t stride,
+inline void score_tiles(const PackedKeys<F>& rows, int tile, int part, const float* queries, std::ptrdiff_t stride,
                         Vec (&total)[kTiles][kQueries], const char* ahead) {
   STRATAKV_UNROLL
   for (int t = 0; t < kTiles; ++t) {
     STRATAKV_UNROLL
     for (int m = 0; m < kQueries; ++m) total[t][m] = Vec::zero();
   }
-  for (int quad = 0; quad < PackedRows<F>::quads(rows.dim); ++quad) {
+  for (int quad = 0; quad < PackedKeys<F>::quads(rows.dim); ++quad) {
     Ints bytes[kTiles];
     STRATAKV_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       bytes[t] = rows.load(tile + t, quad, part);
-      if (ahead != nullptr) __builtin_prefetch(ahead + (t * PackedRows<F>::quads(rows.dim) + quad) * 4 * kLanes, 0, 2);
+      if (ahead != nullptr) __builtin_prefetch(ahead + (t * PackedKeys<F>::quads(rows.dim) + quad) * 4 * kLanes, 0, 2);
     }
     each_of_four([&](auto byte) {
       constexpr int kByte = decltype(byte)::value;
@@ -45,7 +45,7 @@ inline void score_tiles(const PackedRows<F>& rows, int tile, int part, const flo
 }
 
 template <typename F, int kQueries, int kTiles>
-inline void score_tiles(const PackedRows<F>& rows, int tile, int part, const Digits (&digits)[kQueries], Vec (&total)[kTiles][kQueries],
+inline void score_tiles(const PackedKeys<F>& rows, int tile, int part, const Digits (&digits)[kQueries], Vec (&total)[kTiles][kQueries],
                         const char* ahead) {
   Ints high[kTiles][kQueries], low[kTiles][kQueries];
   STRATAKV_UNROLL
@@ -56,12 +56,12 @@ inline void score_tiles(const PackedRows<F>& rows, int tile, int part, const Dig
       low[t][m] = Ints::all(digits[m].offset);
     }
   }
-  for (int quad = 0; quad < PackedRows<F>::quads(rows.dim); ++quad) {
+  for (int quad = 0; quad < PackedKeys<F>::quads(rows.dim); ++quad) {
     Ints bytes[kTiles];
     STRATAKV_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       bytes[t] = rows.load(tile + t, quad, part);
-      if (ahead != nullptr) __builtin_prefetch(ahead + (t * PackedRows<F>::quads(rows.dim) + quad) * 4 * kLanes, 0, 2);
+      if (ahead != nullptr) __builtin_prefetch(ahead + (t * PackedKeys<F>::quads(rows.dim) + quad) * 4 * kLanes, 0, 2);
     }
     each_field<F>([&](auto field) {
       constexpr int kField = decltype(field)::value;
@@ -93,11 +93,11 @@ inline void score_tiles(const PackedRows<F>& rows, int tile, int part, const Dig
 
 // Scores of `n` rows, of which the first tile and the last may have others, too.
 template <typename F, int kQueries>
-inline void score_rows(const PackedRows<F>& rows, int n, int dim, const float* queries, std::ptrdiff_t stride, float* scores,
+inline void score_rows(const PackedKeys<F>& rows, int n, int dim, const float* queries, std::ptrdiff_t stride, float* scores,
                        const char* ahead) {
   constexpr int kTiles = Vec::kRegisters >= 32 ? 2 : 1;  // as many as leave all sums in registers
   const int from = rows.row, to = rows.row + n;
-  const std::ptrdiff_t tile_bytes = std::ptrdiff_t{PackedRows<F>::quads(dim)} * 4 * kLanes;
+  const std::ptrdiff_t tile_bytes = PackedKeys<F>::tile_bytes(dim);
   const auto put = [&](int tile, int part, const Vec(&total)[kQueries]) {
     const int row = tile * kLanes + part * Vec::kWidth;
     for (int m = 0; m < kQueries; ++m) {

@@ -1,9 +1,10 @@
-// Sums of values of few bits: weights, times what rows have as parameters, become digits, and the rows' fours are turned, so
-// that one holds a channel of four rows.
+// Sums of values of few bits: weights, times what rows have as parameters, become digits, four rows' side by side. A register
+// has the codes of four rows for many channels, so that no sums across it are left over.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "attention/packed.inl"
 #include "attention/tiles.inl"
@@ -31,12 +32,12 @@ struct ValueTiles {
   bool has_room(int n_rows) const { return n_tiles + n_rows / kLanes + 2 <= kMostTiles; }
 
   // `n` rows, whose weights begin at `at`.
-  void add(const PackedRows<F>& rows, int n, int at, const char* ahead) {
-    const std::ptrdiff_t tile_bytes = std::ptrdiff_t{PackedRows<F>::quads(rows.dim)} * 4 * kLanes;
+  void add(const PackedValues<F>& rows, int n, int at, const char* ahead) {
+    const std::ptrdiff_t tile_bytes = PackedValues<F>::tile_bytes(rows.dim);
     for (int row = rows.row, end = row + n; row < end;) {
       const int tile = row / kLanes, lane = row % kLanes, own = smaller(kLanes - lane, end - row);
       tiles[n_tiles++] = {rows.codes + tile * tile_bytes,
-                          rows.parameters + std::ptrdiff_t{tile} * PackedRows<F>::n_parameters(rows.dim) * kLanes,
+                          rows.parameters + std::ptrdiff_t{tile} * PackedValues<F>::n_parameters(rows.dim) * kLanes,
                           ahead == nullptr ? nullptr : ahead + (tile - rows.row / kLanes) * tile_bytes,
                           lane,
                           at,
@@ -45,7 +46,6 @@ struct ValueTiles {
       at += own;
     }
   }
-  Ints load(int t, int quad, int part) const { return Ints::load(tiles[t].codes + (quad * kLanes + part * Vec::kWidth) * 4); }
   Vec parameter(int t, int which, int part) const { return Vec::load(tiles[t].parameters + which * kLanes + part * Vec::kWidth); }
 
   // Of weights, those of the tiles' rows in their lanes, and 0 in all others.
@@ -55,12 +55,26 @@ struct ValueTiles {
       copy(weights + tiles[t].at, tiles[t].n, lanes + tiles[t].lane);
     }
   }
+
+  // `words` words of 4 bytes from word `at` of a tile on, of which a register takes what it has room for.
+  Ints load(int t, int at, int words, bool fetches) const {
+    const Tile& tile = tiles[t];
+    if (fetches && tile.ahead != nullptr && at % kLanes < Vec::kWidth) __builtin_prefetch(tile.ahead + std::ptrdiff_t{at} * 4, 0, 2);
+    const char* const from = tile.codes + std::ptrdiff_t{at} * 4;
+    return words >= Vec::kWidth ? Ints::load(from) : Ints::load_some(from, words);
+  }
 };
 
-// Weights of rows as digits, as sums over rows want them.
+// Weights of rows as digits, those of four rows in a word.
 struct Weights {
   float scale, lowest;  // of the sums, and what is added to each
-  alignas(64) std::int8_t digits[2][kMostTiles][4 * kLanes];
+  alignas(64) std::int8_t digits[2][kMostTiles * kLanes];
+
+  Ints four(int digit, int at) const {
+    std::int32_t word;
+    std::memcpy(&word, digits[digit] + 4 * at, sizeof word);
+    return Ints::all(word);
+  }
 };
 
 // Weights times the parameters of group g.
@@ -75,7 +89,7 @@ inline void weigh(const ValueTiles<F>& rows, int dim, int g, const float* weight
       const Vec weight = Vec::load(at);
       const Vec product = weight * where_seen(weight, rows.parameter(t, g, part));
       if constexpr (F::kAffine) {
-        lowest = Vec::fma(weight, where_seen(weight, rows.parameter(t, PackedRows<F>::groups(dim) + g, part)), lowest);
+        lowest = Vec::fma(weight, where_seen(weight, rows.parameter(t, PackedValues<F>::groups(dim) + g, part)), lowest);
         lowest = Vec::fma(product, Vec::all(F::kMiddle), lowest);
       }
       largest = Vec::max(product, largest);
@@ -84,16 +98,7 @@ inline void weigh(const ValueTiles<F>& rows, int dim, int g, const float* weight
     }
   }
   const float most = largest.largest();
-  const float inverse = to_digits(most);
-  alignas(64) std::int8_t digits[2][kMostTiles * kLanes];
-  const float sum = store_digits(scaled, rows.n_tiles * kLanes, Vec::all(inverse), digits[0], digits[1]).sum();
-  for (int t = 0; t < rows.n_tiles; ++t) {
-    for (int part = 0; part < kPieces; ++part) {
-      const int at = t * kLanes + part * Vec::kWidth;
-      STRATAKV_UNROLL
-      for (int digit = 0; digit < 2; ++digit) Ints::spread(digits[digit] + at).store(out.digits[digit][t] + 4 * part * Vec::kWidth);
-    }
-  }
+  const float sum = store_digits(scaled, rows.n_tiles * kLanes, Vec::all(to_digits(most)), out.digits[0], out.digits[1]).sum();
   out.scale = (most > kLeast ? most / kMostDigits : 0.0f) + 0.0f * total.sum();  // what is no number stays none
   out.lowest = F::kAffine ? lowest.sum() - F::kMiddle * sum * out.scale : -128.0f * sum * out.scale;
 }
@@ -102,7 +107,6 @@ inline void weigh(const ValueTiles<F>& rows, int dim, int g, const float* weight
 template <IsFloating F, int kQueries>
 inline void add_values(const ValueTiles<F>& rows, int dim, const float* weights, const float* decay, float* values, std::ptrdiff_t stride,
                        bool fetches) {
-  const int n_quads = PackedRows<F>::quads(dim);
   alignas(64) float scaled[kQueries][kMostTiles * kLanes];
   for (int m = 0; m < kQueries; ++m) {
     rows.spread(weights + m * kTileRows, scaled[m]);
@@ -111,107 +115,115 @@ inline void add_values(const ValueTiles<F>& rows, int dim, const float* weights,
       (weight * where_seen(weight, rows.parameter(at / kLanes, 0, at % kLanes / Vec::kWidth))).store(scaled[m] + at);
     }
   }
-  for (int quad = 0; quad < n_quads; ++quad) {
-    Vec sums[kQueries][4];
+  for (int d = 0; d < dim; d += Vec::kWidth) {
+    Vec sums[kQueries][2];  // two chains, so that one need not wait for the other
+    STRATAKV_UNROLL
+    for (int m = 0; m < kQueries; ++m) sums[m][0] = sums[m][1] = Vec::zero();
+    for (int four = 0; four < 4 * rows.n_tiles; ++four) {
+      const Ints bytes = rows.load(four / 4, four % 4 * dim + d, dim - d, fetches);
+      each_of_four([&](auto byte) {
+        constexpr int kByte = decltype(byte)::value;
+        const Vec value = bytes.template e4m3<kByte>();
+        STRATAKV_UNROLL
+        for (int m = 0; m < kQueries; ++m) sums[m][kByte % 2] = Vec::fma(Vec::all(scaled[m][4 * four + kByte]), value, sums[m][kByte % 2]);
+      });
+    }
     STRATAKV_UNROLL
     for (int m = 0; m < kQueries; ++m) {
-      STRATAKV_UNROLL
-      for (int i = 0; i < 4; ++i) sums[m][i] = Vec::zero();
+      float* const to = values + m * stride + d;
+      Vec::fma(Vec::load(to), Vec::all(decay[m]), sums[m][0] + sums[m][1]).store(to);
     }
-    for (int t = 0; t < rows.n_tiles; ++t) {
-      if (fetches && rows.tiles[t].ahead != nullptr) __builtin_prefetch(rows.tiles[t].ahead + quad * 4 * kLanes, 0, 2);
-      for (int part = 0; part < kPieces; ++part) {
-        const Ints bytes = rows.load(t, quad, part);
-        Vec weight[kQueries];
+  }
+}
+
+// Sums over all rows of kRegisters registers of words, and what they stand for.
+template <typename F, int kQueries, int kRegisters>
+inline void add_words(const ValueTiles<F>& rows, int dim, int g, int word, const Weights* weights, const float* decay, float* values,
+                      std::ptrdiff_t stride, bool fetches) {
+  const int n_words = PackedValues<F>::words(dim), own = PackedValues<F>::words_of(dim, g), first = PackedValues<F>::word_at(g) + word;
+  Ints high[kQueries][F::kFields][kRegisters], low[kQueries][F::kFields][kRegisters];
+  STRATAKV_UNROLL
+  for (int m = 0; m < kQueries; ++m) {
+    STRATAKV_UNROLL
+    for (int i = 0; i < F::kFields; ++i) {
+      STRATAKV_UNROLL
+      for (int r = 0; r < kRegisters; ++r) high[m][i][r] = low[m][i][r] = Ints::zero();
+    }
+  }
+  for (int t = 0; t < rows.n_tiles; ++t) {
+    for (int four = 0; four < 4; ++four) {
+      Ints bytes[kRegisters];
+      STRATAKV_UNROLL
+      for (int r = 0; r < kRegisters; ++r) {
+        bytes[r] = rows.load(t, four * n_words + first + r * Vec::kWidth, kRegisters > 1 ? Vec::kWidth : own - word, fetches);
+      }
+      each_field<F>([&](auto field) {
+        constexpr int kField = decltype(field)::value;
+        Ints codes[kRegisters];
         STRATAKV_UNROLL
-        for (int m = 0; m < kQueries; ++m) weight[m] = Vec::load(scaled[m] + t * kLanes + part * Vec::kWidth);
-        each_of_four([&](auto byte) {
-          constexpr int kByte = decltype(byte)::value;
-          const Vec value = bytes.template e4m3<kByte>();
+        for (int r = 0; r < kRegisters; ++r) codes[r] = bytes[r].template field<kField * F::kBits, F::kBits>();
+        STRATAKV_UNROLL
+        for (int m = 0; m < kQueries; ++m) {
+          const Ints one = weights[m].four(0, 4 * t + four), two = weights[m].four(1, 4 * t + four);
           STRATAKV_UNROLL
-          for (int m = 0; m < kQueries; ++m) sums[m][kByte] = Vec::fma(weight[m], value, sums[m][kByte]);
-        });
+          for (int r = 0; r < kRegisters; ++r) {
+            high[m][kField][r] = Ints::dot(high[m][kField][r], codes[r], one);
+            low[m][kField][r] = Ints::dot(low[m][kField][r], codes[r], two);
+          }
+        }
+      });
+    }
+  }
+  STRATAKV_UNROLL
+  for (int m = 0; m < kQueries; ++m) {
+    const Vec scale = Vec::all(weights[m].scale), lowest = Vec::all(weights[m].lowest), left = Vec::all(decay[m]);
+    STRATAKV_UNROLL
+    for (int i = 0; i < F::kFields; ++i) {
+      STRATAKV_UNROLL
+      for (int r = 0; r < kRegisters; ++r) {
+        const int at = word + r * Vec::kWidth, d = g * kGroup + i * own + at, n = smaller(own - at, dim - d);
+        if (n <= 0) continue;  // fields that fill up the last word
+        float* const to = values + m * stride + d;
+        store_up_to(Vec::fma(Ints::joined(high[m][i][r], low[m][i][r]).floats(), scale, Vec::fma(load_up_to(to, n), left, lowest)), to, n);
       }
     }
-    for (int m = 0; m < kQueries; ++m) {
-      float added[4];
-      Vec::store_sums(sums[m][0], sums[m][1], sums[m][2], sums[m][3], added);
-      float* const to = values + m * stride + 4 * quad;
-      for (int i = 0; i < 4; ++i) to[i] = to[i] * decay[m] + added[i];
+  }
+}
+
+// Of one group of channels, as many queries at once as have their sums in registers.
+template <typename F, int kQueries>
+inline void add_group(const ValueTiles<F>& rows, int dim, int g, const Weights* weights, const float* decay, float* values, std::ptrdiff_t stride,
+                      bool fetches) {
+  constexpr int kSums = Vec::kRegisters >= 32 ? 24 : 8;  // beside codes and digits
+  constexpr int kMost = larger(1, kSums / (2 * F::kFields));
+  if constexpr (kQueries > kMost) {
+    constexpr int kFirst = (kQueries + 1) / 2;
+    add_group<F, kFirst>(rows, dim, g, weights, decay, values, stride, fetches);
+    add_group<F, kQueries - kFirst>(rows, dim, g, weights + kFirst, decay + kFirst, values + kFirst * stride, stride, false);
+  } else {
+    constexpr int kRegisters = kSums / (2 * F::kFields * kQueries) >= 4 ? 4 : kSums / (2 * F::kFields * kQueries) >= 2 ? 2 : 1;
+    const int own = PackedValues<F>::words_of(dim, g);
+    int word = 0;
+    for (; word + kRegisters * Vec::kWidth <= own; word += kRegisters * Vec::kWidth) {
+      add_words<F, kQueries, kRegisters>(rows, dim, g, word, weights, decay, values, stride, fetches);
     }
+    for (; word < own; word += Vec::kWidth) add_words<F, kQueries, 1>(rows, dim, g, word, weights, decay, values, stride, fetches);
   }
 }
 
 template <typename F, int kQueries>
 inline void add_values(const ValueTiles<F>& rows, int dim, const float* weights, const float* decay, float* values, std::ptrdiff_t stride,
                        bool fetches) {
-  constexpr int kMost = larger(1, (Vec::kRegisters >= 32 ? 8 : 4) / F::kFields);  // queries whose sums fit into registers
-  if constexpr (kQueries > kMost) {
-    add_values<F, kMost>(rows, dim, weights, decay, values, stride, fetches);
-    add_values<F, kQueries - kMost>(rows, dim, weights + kMost * kTileRows, decay + kMost, values + kMost * stride, stride, false);
-  } else {
-    constexpr int kWide = Vec::kWidth / 4;  // fours of channels that fill a register
-    constexpr int kQuads = larger(1, kWide / F::kFields);
-    Weights digits[kQueries];
-    int quad = 0;
-    for (int t = 0; t < rows.n_tiles && fetches; ++t) {
-      const typename ValueTiles<F>::Tile& tile = rows.tiles[t];
-      if (tile.ahead != nullptr) fetch(reinterpret_cast<const char*>(tile.parameters) + (tile.ahead - tile.codes), PackedRows<F>::n_parameters(dim) * 32);
+  Weights parts[kQueries];
+  for (int t = 0; t < rows.n_tiles && fetches; ++t) {
+    const typename ValueTiles<F>::Tile& tile = rows.tiles[t];
+    if (tile.ahead != nullptr) fetch(reinterpret_cast<const char*>(tile.parameters) + (tile.ahead - tile.codes), PackedValues<F>::n_parameters(dim) * 32);
+  }
+  for (int g = 0; g * kGroup < dim; ++g) {
+    if (F::kAffine || g == 0) {
+      for (int m = 0; m < kQueries; ++m) weigh(rows, dim, g, weights + m * kTileRows, parts[m]);
     }
-    for (int g = 0; g < PackedRows<F>::groups(dim); ++g) {
-      for (int m = 0; m < kQueries; ++m) weigh(rows, dim, g, weights + m * kTileRows, digits[m]);
-      const int end = PackedRows<F>::quads_to(dim, g);
-      for (; quad < end; quad += kQuads) {
-        Ints sums[kQueries][kQuads * F::kFields];
-        for (int q = 0; q < kQuads; ++q) {
-          Ints high[kQueries][F::kFields], low[kQueries][F::kFields];
-          STRATAKV_UNROLL
-          for (int m = 0; m < kQueries; ++m) {
-            STRATAKV_UNROLL
-            for (int i = 0; i < F::kFields; ++i) high[m][i] = low[m][i] = Ints::zero();
-          }
-          for (int t = 0; t < rows.n_tiles && quad + q < end; ++t) {
-            if (fetches && rows.tiles[t].ahead != nullptr) __builtin_prefetch(rows.tiles[t].ahead + (quad + q) * 4 * kLanes, 0, 2);
-            for (int part = 0; part < kPieces; ++part) {
-              const Ints bytes = rows.load(t, quad + q, part).in_fours();
-              Ints one[kQueries], two[kQueries];
-              STRATAKV_UNROLL
-              for (int m = 0; m < kQueries; ++m) {
-                one[m] = Ints::load(digits[m].digits[0][t] + 4 * part * Vec::kWidth);
-                two[m] = Ints::load(digits[m].digits[1][t] + 4 * part * Vec::kWidth);
-              }
-              each_field<F>([&](auto field) {
-                constexpr int kField = decltype(field)::value;
-                const Ints codes = bytes.template field<kField * F::kBits, F::kBits>();
-                STRATAKV_UNROLL
-                for (int m = 0; m < kQueries; ++m) {
-                  high[m][kField] = Ints::dot(high[m][kField], codes, one[m]);
-                  low[m][kField] = Ints::dot(low[m][kField], codes, two[m]);
-                }
-              });
-            }
-          }
-          STRATAKV_UNROLL
-          for (int m = 0; m < kQueries; ++m) {
-            STRATAKV_UNROLL
-            for (int i = 0; i < F::kFields; ++i) sums[m][q * F::kFields + i] = Ints::joined(high[m][i], low[m][i]);
-          }
-        }
-        for (int m = 0; m < kQueries; ++m) {
-          const Vec scale = Vec::all(digits[m].scale), lowest = Vec::all(digits[m].lowest), left = Vec::all(decay[m]);
-          for (int i = 0; i < kQuads * F::kFields; i += kWide) {
-            const int d = (quad * F::kFields + i) * 4;
-            if (d >= stride) break;
-            Ints fours[kWide];
-            STRATAKV_UNROLL
-            for (int j = 0; j < kWide; ++j) fours[j] = sums[m][i + j];
-            float* const at = values + m * stride + d;
-            Vec::fma(sums_of_fours(fours).floats(), scale, Vec::fma(Vec::load(at), left, lowest)).store(at);
-          }
-        }
-      }
-      quad = end;
-    }
+    add_group<F, kQueries>(rows, dim, g, parts, decay, values, stride, fetches);
   }
 }
 

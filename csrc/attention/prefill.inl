@@ -17,6 +17,7 @@
 #include "attention/reading.inl"
 #include "attention/sight.inl"
 #include "attention/state.inl"
+#include "attention/unpack.inl"
 #include "isa/small.h"
 #include "threads.h"
 #ifdef STRATAKV_AMX
@@ -49,7 +50,7 @@ struct Units {
   static int pieces(const AttentionArguments& a, int tokens) { return (a.n_new + tokens - 1) / tokens; }
 };
 
-// Rows of any format, which are unpacked before they are packed into strips.
+// Rows of any format, which are unpacked before they are made into strips.
 struct Any {};
 
 // A call, seen from one thread.
@@ -98,6 +99,7 @@ class Prefilling {
     for (int i = 0; i < m_; ++i) {
       float* panel = queries_ + i / kPanel * kPanel * dim + i % kPanel;
       load_query(a_, sequence_, query(i), scores_);
+      if constexpr (kUnpacks) with_keys(a_.pages.k_type, [&](auto format) { turn<decltype(format)>(scores_, a_.pages.k_dim); });
       for (std::ptrdiff_t d = 0; d < dim; ++d) panel[d * kPanel] = scores_[d];
     }
   }
@@ -142,11 +144,21 @@ class Prefilling {
 
   void finish() {
     for (int m = 0; m < m_; ++m) {
-      STRATAKV_ISA::finish(a_, sequence_, query(m), state_.top[m], state_.sum[m], state_.values + m * v_stride_);
+      float* const values = state_.values + m * v_stride_;
+      if constexpr (kUnpacks) with_values(a_.pages.v_type, [&](auto format) { turn<decltype(format)>(values, a_.pages.v_dim); });
+      STRATAKV_ISA::finish(a_, sequence_, query(m), state_.top[m], state_.sum[m], values);
     }
   }
 
  private:
+  // Queries meet rotated keys rotated, and what rotated values add up to is rotated back.
+  template <typename F>
+  static void turn([[maybe_unused]] float* row, [[maybe_unused]] int dim) {
+    if constexpr (IsPacked<F>) {
+      if constexpr (F::kRotates) rotate(row, dim);
+    }
+  }
+
   // The query heads of a token follow one another, so that the queries of a panel see much the same.
   Query query(int m) const { return {from_ + m / a_.group, std::ptrdiff_t{head_} * a_.group + m % a_.group}; }
 
@@ -168,27 +180,33 @@ class Prefilling {
   void pack(int row, int n) {
     const Key* keys[kPanelRows];
     const Value* values[kPanelRows];
-    float* unpacked = unpacked_;
     for (int r = 0; r < n;) {
-      const int block = (row + r) / a_.pages.block_tokens;
+      const int block = (row + r) / a_.pages.block_tokens, at = (row + r) % a_.pages.block_tokens;
+      const int count = smaller(a_.pages.block_tokens - at, n - r);
       const char* bytes = block_bytes(a_.pages, sequence_, block);
       const char *block_keys = bytes + keys_at(a_.pages, head_), *block_values = bytes + values_at(a_.pages, head_);
-      for (int at = (row + r) % a_.pages.block_tokens; at < a_.pages.block_tokens && r < n; ++at, ++r) {
-        if constexpr (kUnpacks) {
-          keys[r] = unpacked;
-          with_keys(a_.pages.k_type, [&](auto format) {
-            unpack(rows_in<decltype(format)>(a_.pages, block_keys, a_.pages.k_dim, at), a_.pages.k_dim, unpacked);
-          });
-          values[r] = unpacked += padded(a_.pages.k_dim);
-          with_values(a_.pages.v_type, [&](auto format) {
-            unpack(rows_in<decltype(format)>(a_.pages, block_values, a_.pages.v_dim, at), a_.pages.v_dim, unpacked);
-          });
-          unpacked += v_stride_;
-        } else {
-          keys[r] = rows_in<K>(a_.pages, block_keys, a_.pages.k_dim, at);
-          values[r] = rows_in<V>(a_.pages, block_values, a_.pages.v_dim, at);
+      if constexpr (kUnpacks) {
+        const std::ptrdiff_t k_stride = padded(a_.pages.k_dim);
+        float *const own_keys = unpacked_ + r * k_stride, *const own_values = unpacked_ + kPanelRows * k_stride + r * v_stride_;
+        with_keys(a_.pages.k_type, [&](auto format) {
+          unpack(key_rows_in<decltype(format)>(a_.pages, block_keys, at), count, a_.pages.k_dim, own_keys, k_stride);
+        });
+        with_values(a_.pages.v_type, [&](auto format) {
+          unpack(value_rows_in<decltype(format)>(a_.pages, block_values, at), count, a_.pages.v_dim, own_values, v_stride_);
+        });
+        for (int i = 0; i < count; ++i) {
+          keys[r + i] = own_keys + i * k_stride;
+          values[r + i] = own_values + i * v_stride_;
+        }
+      } else {
+        const K* const own_keys = key_rows_in<K>(a_.pages, block_keys, at);
+        const V* const own_values = value_rows_in<V>(a_.pages, block_values, at);
+        for (int i = 0; i < count; ++i) {
+          keys[r + i] = own_keys + std::ptrdiff_t{i} * a_.pages.k_dim;
+          values[r + i] = own_values + std::ptrdiff_t{i} * a_.pages.v_dim;
         }
       }
+      r += count;
     }
     pack_keys(keys, n, a_.pages.k_dim, keys_);
     pack_values(values, n, a_.pages.v_dim, values_);

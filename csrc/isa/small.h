@@ -4,6 +4,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+
+#include "numbers.h"
 
 // Small loops over registers: left rolled, the registers would become an array in memory.
 #define STRATAKV_UNROLL _Pragma("GCC unroll 16")
@@ -27,6 +30,13 @@ constexpr T between(T x, T low, T high) {
 
 // Rounded up to whole registers of every instruction set.
 inline std::ptrdiff_t padded(std::ptrdiff_t n) { return (n + 15) / 16 * 16; }
+
+inline float widened(BFloat x) {
+  const std::uint32_t bits = std::uint32_t{x.bits} << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
 
 inline void fill(float* to, std::ptrdiff_t n, float value) {
   for (std::ptrdiff_t i = 0; i < n; ++i) to[i] = value;

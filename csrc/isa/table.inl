@@ -1,4 +1,5 @@
 // The table of one instruction set. Included once a file, with STRATAKV_ISA and Vec defined.
+#include "attention/append.inl"
 #include "attention/attend.inl"
 #include "kernels.h"
 #include "runner/forward.inl"
@@ -17,7 +18,7 @@ constexpr bool kTilesBf16 = false;
 #endif
 
 extern const Kernels kernels;
-const Kernels kernels{STRATAKV_TEXT_OF(STRATAKV_ISA), kTilesBf16, is_supported, is_prompt, attend, attend_floats, forward,
-                      forward_floats};
+const Kernels kernels{STRATAKV_TEXT_OF(STRATAKV_ISA), kTilesBf16, is_supported, is_prompt, attend, attend_floats, append,
+                      forward, forward_floats};
 
 }  // namespace stratakv::STRATAKV_ISA

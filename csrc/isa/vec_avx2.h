@@ -119,7 +119,11 @@ struct Ints {
   static Ints zero() { return {_mm256_setzero_si256()}; }
   static Ints all(std::int32_t x) { return {_mm256_set1_epi32(x)}; }
   static Ints load(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
-  void store(void* p) const { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+  static Ints load_some(const void* p, int n) {
+    std::int32_t words[Vec::kWidth] = {};
+    std::memcpy(words, p, 4 * static_cast<std::size_t>(n));
+    return load(words);
+  }
 
   // Of each byte, kBits bits from kFrom on.
   template <int kFrom, int kBits>
@@ -129,14 +133,14 @@ struct Ints {
     return {_mm256_and_si256(moved, _mm256_set1_epi8((1 << kBits) - 1))};
   }
 
+  // Of each number, n bits from `from` on.
+  Ints bits(int from, int n) const {
+    return {_mm256_and_si256(_mm256_srl_epi32(v, _mm_cvtsi32_si128(from)), _mm256_set1_epi32((1 << n) - 1))};
+  }
+
   // sum[i] + the products of the four unsigned bytes of a[i] with the signed ones of b[i]; those are at most 64 in size.
   static Ints dot(Ints sum, Ints a, Ints b) {
     return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(_mm256_maddubs_epi16(a.v, b.v), _mm256_set1_epi16(1)))};
-  }
-  // Eight bytes, as two fours that each stand in four numbers.
-  static Ints spread(const std::int8_t* p) {
-    const __m256i bytes = _mm256_castsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    return {_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))};
   }
   // 128 a + b.
   static Ints joined(Ints a, Ints b) { return {_mm256_add_epi32(_mm256_slli_epi32(a.v, 7), b.v)}; }
@@ -153,17 +157,6 @@ struct Ints {
     const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(x, 24), _mm256_set1_epi32(static_cast<int>(0x80000000u)));
     return {_mm256_or_ps(found, _mm256_castsi256_ps(sign))};
   }
-
-  // Four numbers of four bytes each become four numbers with the first bytes of all, with the second, and so on.
-  Ints in_fours() const {
-    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return {_mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(order))};
-  }
 };
-
-// The sums of the fours of x[0], then of x[1].
-inline Ints sums_of_fours(const Ints (&x)[2]) {
-  return {_mm256_add_epi32(_mm256_permute2x128_si256(x[0].v, x[1].v, 0x20), _mm256_permute2x128_si256(x[0].v, x[1].v, 0x31))};
-}
 
 }  // namespace stratakv::STRATAKV_ISA

@@ -100,7 +100,7 @@ struct Ints {
   static Ints zero() { return {_mm512_setzero_si512()}; }
   static Ints all(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
   static Ints load(const void* p) { return {_mm512_loadu_si512(p)}; }
-  void store(void* p) const { _mm512_storeu_si512(p, v); }
+  static Ints load_some(const void* p, int n) { return {_mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << n) - 1), p)}; }
 
   // Of each byte, kBits bits from kFrom on.
   template <int kFrom, int kBits>
@@ -110,6 +110,11 @@ struct Ints {
     return {_mm512_and_si512(moved, _mm512_set1_epi8((1 << kBits) - 1))};
   }
 
+  // Of each number, n bits from `from` on.
+  Ints bits(int from, int n) const {
+    return {_mm512_and_si512(_mm512_srl_epi32(v, _mm_cvtsi32_si128(from)), _mm512_set1_epi32((1 << n) - 1))};
+  }
+
   // sum[i] + the products of the four unsigned bytes of a[i] with the signed ones of b[i]; those are at most 64 in size.
   static Ints dot(Ints sum, Ints a, Ints b) {
 #ifdef __AVX512VNNI__
@@ -117,11 +122,6 @@ struct Ints {
 #else
     return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(_mm512_maddubs_epi16(a.v, b.v), _mm512_set1_epi16(1)))};
 #endif
-  }
-  // Sixteen bytes, as four fours that each stand in four numbers.
-  static Ints spread(const std::int8_t* p) {
-    const __m512i bytes = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return {_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), bytes)};
   }
   // 128 a + b.
   static Ints joined(Ints a, Ints b) { return {_mm512_add_epi32(_mm512_slli_epi32(a.v, 7), b.v)}; }
@@ -138,20 +138,7 @@ struct Ints {
     const __m512i sign = _mm512_and_si512(_mm512_slli_epi32(x, 24), _mm512_set1_epi32(static_cast<int>(0x80000000u)));
     return {_mm512_or_ps(found, _mm512_castsi512_ps(sign))};
   }
-
-  // Four numbers of four bytes each become four numbers with the first bytes of all, with the second, and so on.
-  Ints in_fours() const {
-    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return {_mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(order))};
-  }
 };
-
-// The sums of the fours of x[0], then of x[1], and so on.
-inline Ints sums_of_fours(const Ints (&x)[4]) {
-  const __m512i a = _mm512_add_epi32(_mm512_shuffle_i32x4(x[0].v, x[1].v, 0x44), _mm512_shuffle_i32x4(x[0].v, x[1].v, 0xEE));
-  const __m512i b = _mm512_add_epi32(_mm512_shuffle_i32x4(x[2].v, x[3].v, 0x44), _mm512_shuffle_i32x4(x[2].v, x[3].v, 0xEE));
-  return {_mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD))};
-}
 
 // 64 numbers times `factor` as whole numbers of two digits; returns the sum of those that stand 16 apart.
 inline Vec store_digits(const float* x, Vec factor, std::int8_t* high, std::int8_t* low) {

@@ -153,8 +153,11 @@ struct Ints {
     std::memcpy(out.v, p, sizeof out.v);
     return out;
   }
-
-  void store(void* p) const { std::memcpy(p, v, sizeof v); }
+  static Ints load_some(const void* p, int n) {
+    Ints out = zero();
+    std::memcpy(out.v, p, 4 * static_cast<std::size_t>(n));
+    return out;
+  }
 
   // Of each byte, kBits bits from kFrom on.
   template <int kFrom, int kBits>
@@ -164,6 +167,13 @@ struct Ints {
     for (int i = 0; i < Vec::kWidth; ++i) {
       out.v[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(v[i]) >> kFrom & kMask);
     }
+    return out;
+  }
+
+  // Of each number, n bits from `from` on.
+  Ints bits(int from, int n) const {
+    Ints out;
+    for (int i = 0; i < Vec::kWidth; ++i) out.v[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(v[i]) >> from & ((1u << n) - 1));
     return out;
   }
 
@@ -177,12 +187,6 @@ struct Ints {
       for (int j = 0; j < 4; ++j) sum.v[i] += x[j] * y[j];
     }
     return sum;
-  }
-  // Eight bytes, as two fours that each stand in four numbers.
-  static Ints spread(const std::int8_t* p) {
-    Ints out;
-    for (int i = 0; i < Vec::kWidth; ++i) std::memcpy(&out.v[i], p + i / 4 * 4, 4);
-    return out;
   }
   // 128 a + b.
   static Ints joined(Ints a, Ints b) {
@@ -208,22 +212,6 @@ struct Ints {
     }
     return out;
   }
-
-  // Four numbers of four bytes each become four numbers with the first bytes of all, with the second, and so on.
-  Ints in_fours() const {
-    Ints out;
-    const char* from = reinterpret_cast<const char*>(v);
-    char* to = reinterpret_cast<char*>(out.v);
-    for (int i = 0; i < 4 * Vec::kWidth; ++i) to[i / 16 * 16 + i % 4 * 4 + i / 4 % 4] = from[i];
-    return out;
-  }
 };
-
-// The sums of the fours of x[0], then of x[1].
-inline Ints sums_of_fours(const Ints (&x)[2]) {
-  Ints out;
-  for (int i = 0; i < Vec::kWidth; ++i) out.v[i] = x[i / 4].v[i % 4] + x[i / 4].v[4 + i % 4];
-  return out;
-}
 
 }  // namespace stratakv::STRATAKV_ISA

@@ -88,7 +88,11 @@ struct Ints {
   static Ints zero() { return all(0); }
   static Ints all(std::int32_t x) { return {vdupq_n_s32(x)}; }
   static Ints load(const void* p) { return {vreinterpretq_s32_u8(vld1q_u8(static_cast<const std::uint8_t*>(p)))}; }
-  void store(void* p) const { vst1q_u8(static_cast<std::uint8_t*>(p), vreinterpretq_u8_s32(v)); }
+  static Ints load_some(const void* p, int n) {
+    std::int32_t words[Vec::kWidth] = {};
+    std::memcpy(words, p, 4 * static_cast<std::size_t>(n));
+    return load(words);
+  }
 
   // Of each byte, kBits bits from kFrom on.
   template <int kFrom, int kBits>
@@ -99,6 +103,12 @@ struct Ints {
     return {vreinterpretq_s32_u8(vandq_u8(bytes, vdupq_n_u8((1 << kBits) - 1)))};
   }
 
+  // Of each number, n bits from `from` on.
+  Ints bits(int from, int n) const {
+    const uint32x4_t moved = vshlq_u32(vreinterpretq_u32_s32(v), vdupq_n_s32(-from));
+    return {vreinterpretq_s32_u32(vandq_u32(moved, vdupq_n_u32((1u << n) - 1)))};
+  }
+
   // sum[i] + the products of the four unsigned bytes of a[i] with the signed ones of b[i]; those are at most 64 in size.
   static Ints dot(Ints sum, Ints a, Ints b) {
     const uint8x16_t u = vreinterpretq_u8_s32(a.v);
@@ -106,12 +116,6 @@ struct Ints {
     const int16x8_t low = vmulq_s16(vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(u))), vmovl_s8(vget_low_s8(s)));
     const int16x8_t high = vmulq_s16(vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(u))), vmovl_s8(vget_high_s8(s)));
     return {vaddq_s32(sum.v, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)))};
-  }
-  // Four bytes, in all four numbers.
-  static Ints spread(const std::int8_t* p) {
-    std::int32_t four;
-    std::memcpy(&four, p, sizeof four);
-    return all(four);
   }
   // 128 a + b.
   static Ints joined(Ints a, Ints b) { return {vaddq_s32(vshlq_n_s32(a.v, 7), b.v)}; }
@@ -129,15 +133,6 @@ struct Ints {
     const uint32x4_t found = vbslq_u32(vcltq_u32(size, vdupq_n_u32(8)), vreinterpretq_u32_f32(small), normal);
     return {vreinterpretq_f32_u32(vorrq_u32(found, sign))};
   }
-
-  // Four numbers of four bytes each become four numbers with the first bytes of all, with the second, and so on.
-  Ints in_fours() const {
-    const std::uint8_t order[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
-    return {vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(v), vld1q_u8(order)))};
-  }
 };
-
-// x[0] is one four.
-inline Ints sums_of_fours(const Ints (&x)[1]) { return x[0]; }
 
 }  // namespace stratakv::STRATAKV_ISA

@@ -17,6 +17,14 @@ struct Matrix {
   bool is_tiled;
 };
 
+// Where one layer's rows lie.
+struct Strand {
+  std::int32_t group;         // of the cache; -1: there is no such strand
+  const std::int64_t* slabs;  // address of each slab's bytes of the layer
+  std::int64_t block_bytes, k_page_bytes, v_page_bytes;
+  NumberType k_type, v_type;
+};
+
 // Weights of RMS norms are null where the model has no such norm.
 struct Layer {
   const float* attention_norm;      // [hidden]
@@ -29,10 +37,10 @@ struct Layer {
   Matrix output;   // [hidden, n_query_heads * head_dim]
   Matrix gate_up;  // [2 * intermediate, hidden]: all gates, then all ups; in tiles, 16 of either in turn, filled up to 32
   Matrix down;     // [hidden, intermediate]
-  std::int32_t group;     // of the cache
   std::int32_t rotation;  // which table of angles; -1: none
-  std::int64_t block_bytes, k_page_bytes, v_page_bytes;
-  NumberType k_type, v_type;
+  // The rows of the cache's format, and those that are read in 16 bits in place of them. New rows go into both; keys that
+  // are coded in groups of rows are the caller's to write.
+  Strand strands[2];
 };
 
 enum class Activation : std::int32_t { kSilu = 0, kGeluTanh = 1 };
@@ -49,7 +57,7 @@ struct Model {
   std::int32_t n_layers;
 };
 
-// The rows of one group of the cache in this step, the new ones included.
+// The rows of one group of the cache in this step: what is read, and where new ones go.
 struct GroupRows {
   const std::int32_t* table;  // [n_sequences, n_blocks, 2]: slab, block in the slab
   std::int64_t table_stride;
@@ -58,6 +66,9 @@ struct GroupRows {
   const std::int32_t* first_positions;  // [n_sequences]: of row 0
   const std::int32_t* positions;        // as in Rows
   std::int32_t block_tokens, window, sinks;
+  const std::int32_t* new_table;  // as `table`, from the block with the first new row on
+  std::int64_t new_table_stride;
+  std::int32_t new_row;           // in the new table, of the first new token
 };
 
 // Cosines and sines, [n_positions, pairs] each, of a head's numbers d and d + pairs.
@@ -73,7 +84,6 @@ struct Forward {
   std::int32_t n_sequences, n_new, n_threads;
   std::int64_t prompt_queries;    // as in AttentionArguments
   const GroupRows* groups;
-  const std::int64_t* const* slabs;  // [n_layers]: addresses of the slabs' bytes of the layer
   const Rotation* rotations;
   // Room, for n_sequences * n_new rows.
   float* stream;     // [rows, hidden]

@@ -49,27 +49,22 @@ class Decoder {
                  std::intptr_t query_norm, std::intptr_t key_norm, std::intptr_t after_attention_norm, std::intptr_t mlp_norm,
                  std::intptr_t after_mlp_norm, int rotation) {
     layers_.push_back({at<float>(attention_norm), at<float>(query_norm), at<float>(key_norm), at<float>(after_attention_norm),
-                       at<float>(mlp_norm), at<float>(after_mlp_norm), qkv, output, gate_up, down, 0, rotation, 0, 0, 0,
-                       NumberType::kFloat, NumberType::kFloat});
-    slabs_.push_back(nullptr);
+                       at<float>(mlp_norm), at<float>(after_mlp_norm), qkv, output, gate_up, down, rotation, {}});
+    for (Strand& strand : layers_.back().strands) strand.group = -1;
   }
 
-  void set_pages(int layer, int group, std::intptr_t slabs, std::int64_t block_bytes, std::int64_t k_page_bytes, std::int64_t v_page_bytes,
-                 int k_type, int v_type) {
-    Layer& l = layers_[layer];
-    l.group = group;
-    l.block_bytes = block_bytes;
-    l.k_page_bytes = k_page_bytes;
-    l.v_page_bytes = v_page_bytes;
-    l.k_type = static_cast<NumberType>(k_type);
-    l.v_type = static_cast<NumberType>(v_type);
-    slabs_[layer] = at<std::int64_t>(slabs);
+  void set_pages(int layer, int strand, int group, std::intptr_t slabs, std::int64_t block_bytes, std::int64_t k_page_bytes,
+                 std::int64_t v_page_bytes, int k_type, int v_type) {
+    layers_[layer].strands[strand] = {group, at<std::int64_t>(slabs), block_bytes, k_page_bytes, v_page_bytes,
+                                      static_cast<NumberType>(k_type), static_cast<NumberType>(v_type)};
   }
 
   void set_group(int group, std::intptr_t table, std::int64_t table_stride, std::intptr_t counts, std::intptr_t skips,
-                 std::intptr_t first_positions, std::intptr_t positions, int block_tokens, int window, int sinks) {
+                 std::intptr_t first_positions, std::intptr_t positions, int block_tokens, int window, int sinks, std::intptr_t new_table,
+                 std::int64_t new_table_stride, int new_row) {
     groups_[group] = {at<std::int32_t>(table), table_stride, at<std::int32_t>(counts), at<std::int32_t>(skips),
-                      at<std::int32_t>(first_positions), at<std::int32_t>(positions), block_tokens, window, sinks};
+                      at<std::int32_t>(first_positions), at<std::int32_t>(positions), block_tokens, window, sinks,
+                      at<std::int32_t>(new_table), new_table_stride, new_row};
   }
 
   void set_rotation(int index, std::intptr_t cosines, std::intptr_t sines, int pairs) {
@@ -95,7 +90,6 @@ class Decoder {
     step_.n_threads = n_threads;
     step_.prompt_queries = prompt_queries;
     step_.groups = groups_.data();
-    step_.slabs = slabs_.data();
     step_.rotations = rotations_.data();
     step_.n_wanted = n_wanted;
     step_.wanted_positions = at<std::int32_t>(wanted_positions);
@@ -110,7 +104,6 @@ class Decoder {
   Model model_{};
   Forward step_{};
   std::vector<Layer> layers_;
-  std::vector<const std::int64_t*> slabs_;
   std::vector<GroupRows> groups_;
   std::vector<Rotation> rotations_;
   Room room_;

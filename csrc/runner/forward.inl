@@ -44,30 +44,15 @@ class Forwarding {
     if (model_.logit_softcap > 0) each_row([&](int row) { cap(step_.logits + row * model_.head.n_rows); });
   }
 
-  // Of the last so many new tokens of each sequence.
-  AttentionArguments attention_arguments(int layer_index, int n_new) const {
-    const Layer& layer = model_.layers[layer_index];
-    const GroupRows& rows = step_.groups[layer.group];
-    AttentionArguments a{};
-    a.pages = {step_.slabs[layer_index], rows.table, rows.table_stride, layer.block_bytes, layer.k_page_bytes, layer.v_page_bytes,
-               model_.n_kv_heads, rows.block_tokens, model_.head_dim, model_.head_dim, layer.k_type, layer.v_type};
-    a.rows = {rows.counts, rows.skips, rows.first_positions, rows.positions};
-    a.rules = {model_.attention_scale, model_.attention_softcap, 1, rows.window, rows.sinks, nullptr, nullptr};
-    const std::int64_t token = q_numbers_ + 2 * kv_numbers_;
-    a.query = {step_.produced + token * (step_.n_new - n_new), token * step_.n_new, model_.head_dim, token};
-    const std::int64_t width = input_width(q_numbers_);
-    a.out = {step_.normed, width * n_new, model_.head_dim, width};
-    a.lse = {step_.lse, std::int64_t{model_.n_query_heads} * n_new, n_new, 1};
-    a.query_type = NumberType::kFloat;
-    a.query_positions = n_new == step_.n_new ? step_.positions : step_.wanted_positions;
-    a.n_sequences = step_.n_sequences;
-    a.group = model_.n_query_heads / model_.n_kv_heads;
-    a.n_new = n_new;
-    a.n_threads = step_.n_threads;
-    a.rounds = model_.rounds_activations && model_.head.is_tiled;
-    a.prompt_queries = step_.prompt_queries;
-    a.scratch = step_.scratch;
-    return a;
+  // function(the call for the last so many new tokens of each sequence).
+  template <typename Function>
+  void with_attention(const Layer& layer, int n_new, const Function& function) const {
+    const Strand &own = layer.strands[0], &recent = layer.strands[1];
+    if (recent.group < 0) return function(attention_arguments(own, n_new));
+    AttentionArguments a = attention_arguments(recent, n_new);
+    const AttentionArguments before = attention_arguments(own, n_new);
+    if (before.rows.counts[0] > before.rows.skips[0]) a.before = &before;
+    function(a);
   }
 
  private:
@@ -166,13 +151,40 @@ class Forwarding {
   }
 #endif
 
+  Pages pages_of(const Strand& strand, const std::int32_t* table, std::int64_t table_stride) const {
+    return {strand.slabs, table, table_stride, strand.block_bytes, strand.k_page_bytes, strand.v_page_bytes, model_.n_kv_heads,
+            step_.groups[strand.group].block_tokens, model_.head_dim, model_.head_dim, strand.k_type, strand.v_type};
+  }
+
+  AttentionArguments attention_arguments(const Strand& strand, int n_new) const {
+    const GroupRows& rows = step_.groups[strand.group];
+    AttentionArguments a{};
+    a.pages = pages_of(strand, rows.table, rows.table_stride);
+    a.rows = {rows.counts, rows.skips, rows.first_positions, rows.positions};
+    a.rules = {model_.attention_scale, model_.attention_softcap, 1, rows.window, rows.sinks, nullptr, nullptr};
+    const std::int64_t token = q_numbers_ + 2 * kv_numbers_;
+    a.query = {step_.produced + token * (step_.n_new - n_new), token * step_.n_new, model_.head_dim, token};
+    const std::int64_t width = input_width(q_numbers_);
+    a.out = {step_.normed, width * n_new, model_.head_dim, width};
+    a.lse = {step_.lse, std::int64_t{model_.n_query_heads} * n_new, n_new, 1};
+    a.query_type = NumberType::kFloat;
+    a.query_positions = n_new == step_.n_new ? step_.positions : step_.wanted_positions;
+    a.n_sequences = step_.n_sequences;
+    a.group = model_.n_query_heads / model_.n_kv_heads;
+    a.n_new = n_new;
+    a.n_threads = step_.n_threads;
+    a.rounds = model_.rounds_activations && model_.head.is_tiled;
+    a.prompt_queries = step_.prompt_queries;
+    a.scratch = step_.scratch;
+    return a;
+  }
+
   // Keys and values of all rows go into the cache; queries stay in `produced`.
   void remember(int index) const {
     const Layer& layer = model_.layers[index];
     each_row([&](int row) { norm_input(layer.attention_norm, row); });
     product(layer.qkv, step_.normed, step_.produced);
-    const AttentionArguments arguments = attention_arguments(index, step_.n_new);
-    each_row([&](int row) { store(layer, arguments, row); });
+    each_row([&](int row) { store(layer, row); });
   }
 
   // Behind the keys and values of the last layer nobody asks for rows whose logits are not wanted.
@@ -187,13 +199,13 @@ class Forwarding {
 
   void attend(int index) const {
     const Layer& layer = model_.layers[index];
-    STRATAKV_ISA::attend(attention_arguments(index, n_rows_ / step_.n_sequences));
+    with_attention(layer, n_rows_ / step_.n_sequences, [](const AttentionArguments& a) { STRATAKV_ISA::attend(a); });
     if (model_.head.is_tiled) each_row([&](int row) { settle(input(row, q_numbers_), q_numbers_); });
     add_product(layer.output, step_.normed, layer.after_attention_norm, step_.produced);
   }
 
   // Queries and keys are turned to their positions where they lie; keys and values go into their pages.
-  void store(const Layer& layer, const AttentionArguments& arguments, int row) const {
+  void store(const Layer& layer, int row) const {
     const int sequence = row / step_.n_new, token = row % step_.n_new;
     const int position = step_.positions[sequence] + token;
     float* const numbers = produced(row, q_numbers_ + 2 * kv_numbers_);
@@ -203,10 +215,14 @@ class Forwarding {
       if (norm != nullptr) rms_norm(at, norm, model_.head_dim, model_.norm_epsilon, at);
       if (layer.rotation >= 0) rotate(step_.rotations[layer.rotation], position, at);
     }
-    const int place = arguments.rows.counts[sequence] - step_.n_new + token;
-    for (int head = 0; head < model_.n_kv_heads; ++head) {
-      const float* key = numbers + q_numbers_ + head * model_.head_dim;
-      append_row(arguments.pages, sequence, head, place, key, key + kv_numbers_);
+    for (const Strand& strand : layer.strands) {
+      if (strand.group < 0) continue;
+      const GroupRows& rows = step_.groups[strand.group];
+      const Pages pages = pages_of(strand, rows.new_table, rows.new_table_stride);
+      for (int head = 0; head < model_.n_kv_heads; ++head) {
+        const float* key = numbers + q_numbers_ + head * model_.head_dim;
+        append_row(pages, sequence, head, rows.new_row + token, key, key + kv_numbers_);
+      }
     }
   }
 
@@ -248,10 +264,11 @@ inline std::ptrdiff_t forward_floats(const Model& model, const Forward& step) {
   for (const int n_columns : widths) {
     if (!model.head.is_tiled) most = larger(most, linear_floats(n_columns, step.n_sequences * step.n_new, step.n_threads));
   }
+  const Forwarding forwarding(model, step);
+  const auto take = [&](const AttentionArguments& a) { most = larger(most, attend_floats(a)); };
   for (int i = 0; i < model.n_layers; ++i) {
-    const Forwarding forwarding(model, step);
-    most = larger(most, attend_floats(forwarding.attention_arguments(i, step.n_new)));
-    if (step.n_wanted > 0) most = larger(most, attend_floats(forwarding.attention_arguments(i, step.n_wanted)));
+    forwarding.with_attention(model.layers[i], step.n_new, take);
+    if (step.n_wanted > 0) forwarding.with_attention(model.layers[i], step.n_wanted, take);
   }
   return most;
 }

@@ -1,3 +1,21 @@
+class Append:
+    def __init__(self, isa: str) -> None: ...
+    def set_pages(self, table: int, table_stride: int, n_sequences: int, n_heads: int, block_tokens: int) -> None: ...
+    def set_member(
+        self,
+        block_bytes: int,
+        k_page_bytes: int,
+        v_page_bytes: int,
+        k_dim: int,
+        v_dim: int,
+        k_type: int,
+        v_type: int,
+    ) -> None: ...
+    def set_rows(self, row: int, n_tokens: int, in_groups: bool, n_threads: int) -> None: ...
+    def run(
+        self, slabs: int, keys: int, k: tuple[int, int, int], values: int, v: tuple[int, int, int], type: int
+    ) -> None: ...
+
 class Step:
     def __init__(self, isa: str) -> None: ...
     def set_pages(self, table: int, table_stride: int, n_sequences: int, n_heads: int, block_tokens: int) -> None: ...
@@ -81,6 +99,7 @@ class Decoder:
     def set_pages(
         self,
         layer: int,
+        strand: int,
         group: int,
         slabs: int,
         block_bytes: int,
@@ -101,6 +120,9 @@ class Decoder:
         block_tokens: int,
         window: int,
         sinks: int,
+        new_table: int,
+        new_table_stride: int,
+        new_row: int,
     ) -> None: ...
     def set_rotation(self, index: int, cosines: int, sines: int, pairs: int) -> None: ...
     def set_room(self, stream: int, normed: int, produced: int, lse: int) -> None: ...

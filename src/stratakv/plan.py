@@ -6,8 +6,9 @@ places in memory carry the arena's `version`: blocks that moved since make them 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -94,6 +95,8 @@ class BlockTable:
 
     n_sequences: int
     segments: tuple[Segment, ...]
+    positions: list[tuple[tuple[object, ...], Tensor]] = field(default_factory=list, compare=False, repr=False)
+    """The positions of the blocks' rows as the last plan had them, and what they depend on; or nothing."""
 
     @cached_property
     def n_blocks(self) -> int:
@@ -148,9 +151,15 @@ class ReadPlan:
 
     @cached_property
     def row_positions(self) -> Tensor:
-        """int32 `[skip + n_rows]`: the absolute position of each row; what is skipped has none (0)."""
-        runs = [torch.arange(first, first + count, dtype=torch.int32, device="cpu") for first, count in self.runs]
-        return torch.cat([torch.zeros(self.skip, dtype=torch.int32, device="cpu"), *runs])
+        """int32 `[skip + n_rows]`: the absolute position of each row, at least one; of what is skipped 0."""
+        *before, last = self.runs
+        known, fact = self.blocks.positions, (self.skip, tuple(before), last[0])
+        if not known or known[0][0] != fact:
+            n_left = self.n_blocks * self.block_tokens - self.skip - run_length(before)
+            runs = [*before, (last[0], n_left)]  # steps to come in these blocks want the same
+            each = [torch.arange(first, first + count, dtype=torch.int32, device="cpu") for first, count in runs]
+            known[:] = [(fact, torch.cat([torch.zeros(self.skip, dtype=torch.int32, device="cpu"), *each]))]
+        return known[0][1][: self.skip + self.n_rows]
 
     @cached_property
     def is_one_run(self) -> bool:
@@ -184,6 +193,11 @@ class WritePlan:
     block_tokens: int
     tables: tuple[tuple[tuple[int, int], ...], ...]
     version: int
+
+    @cached_property
+    def table(self) -> array[int]:
+        """int32 `[n_sequences, n_blocks, 2]`: `tables`, for kernels."""
+        return array("i", (number for blocks in self.tables for place in blocks for number in place))
 
     @cached_property
     def places(self) -> tuple[Places, ...]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from stratakv.attention import AttentionOptions, CpuBackend, ReferenceBackend
-from stratakv.attention.cpu import instruction_sets
 from stratakv.blocks.view import KVView
 from stratakv.codecs import codec_names, get_codec
 from stratakv.codecs.floats import BFloat16, Float32
+from stratakv.extension import instruction_sets
 from stratakv.plan import KeepPlan, Run
 from stratakv.policies import RetentionPolicy, Window
 from stratakv.spec import PageLayout, Retention

@@ -1,5 +1,5 @@
 // The kernels without Python: attention of every instruction set that this processor has against plain loops in double
-// precision, and forwards against the instruction set that runs everywhere. For machines whose kernels are compiled on
+// precision, and forwards and new rows against the instruction set that runs everywhere. For machines whose kernels are compiled on
 // another one.
 #include <algorithm>
 #include <cmath>
@@ -85,16 +85,18 @@ struct Packed {
   int span, dim;
   int bits = type == NumberType::kInt4 ? 4 : type == NumberType::kInt2 ? 2 : 8, fields = 8 / bits, quads = (dim + 4 * fields - 1) / (4 * fields);
   bool of_channels = is_key && bits < 8, is_affine = !is_key && bits < 8, rotates = type == NumberType::kInt8 || is_affine;
+  int words = is_key ? 0 : dim / 128 * (128 / fields) + (dim % 128 + fields - 1) / fields;  // of values, a byte for each of four rows
+  int row_bytes = is_key ? quads * 4 : words;
   int tiles = (span + 15) / 16, groups = is_affine ? (dim + 127) / 128 : 1, n_parameters = is_affine ? 2 * groups : 1;
 
   std::int64_t bytes() const {
     const std::int64_t parameters = of_channels ? (span + 63) / 64 * 2 * dim : tiles * n_parameters * 16;
-    return (std::int64_t{tiles} * quads * 64 + 2 * parameters + 63) / 64 * 64;
+    return (std::int64_t{tiles} * row_bytes * 16 + 2 * parameters + 63) / 64 * 64;
   }
 
   // A parameter that was not chosen yet is no number.
   float parameter(char* page, int at, bool is_step) const {
-    char* const place = page + std::int64_t{tiles} * quads * 64 + 2 * at;
+    char* const place = page + std::int64_t{tiles} * row_bytes * 16 + 2 * at;
     if (std::isnan(taken(place, NumberType::kBFloat))) put(held(is_step ? (0.5f + std::fabs(some())) / (1 << bits) : some(), NumberType::kBFloat), NumberType::kBFloat, place);
     return taken(place, NumberType::kBFloat);
   }
@@ -102,8 +104,12 @@ struct Packed {
   void write(char* page, int row, float* values) const {
     std::vector<double> x(dim);
     for (int d = 0; d < dim; ++d) {
-      const int code = type == NumberType::kFloat8 ? any(0, 126) + 128 * any(0, 1) : any(0, (1 << bits) - 1), four = d / 4, shift = four % fields * bits;
-      char& byte = page[((std::int64_t{row / 16} * quads + four / fields) * 16 + row % 16) * 4 + d % 4];
+      const int code = type == NumberType::kFloat8 ? any(0, 126) + 128 * any(0, 1) : any(0, (1 << bits) - 1), four = d / 4;
+      const int stretch = (std::min(128, dim - d / 128 * 128) + fields - 1) / fields;  // of values' channels
+      const int field = is_key ? four % fields : d % 128 / stretch, shift = field * bits;
+      const int word = d / 128 * (128 / fields) + d % 128 % stretch;
+      char& byte = is_key ? page[((std::int64_t{row / 16} * quads + four / fields) * 16 + row % 16) * 4 + d % 4]
+                          : page[(std::int64_t{row / 4} * words + word) * 4 + row % 4];
       byte = static_cast<char>((byte & ~(((1 << bits) - 1) << shift)) | code << shift);
       const int first = row / 16 * n_parameters * 16 + row % 16;
       if (of_channels) {
@@ -338,21 +344,22 @@ struct Decoder {
     const float* const scale = reinterpret_cast<const float*>(norm.bytes.data());
     const std::int64_t k_page = page_bytes(std::int64_t{n_new} * head_dim, k_type), v_page = page_bytes(std::int64_t{n_new} * head_dim, v_type);
     Layer layer{scale, nullptr, nullptr, nullptr, scale, nullptr, matrix(qkv_weight, qkv, hidden, reinterpret_cast<const float*>(bias.bytes.data())),
-                matrix(output, hidden, heads * head_dim), matrix(gate_up, 2 * intermediate, hidden), matrix(down, hidden, intermediate), 0, 0,
-                kv_heads * (k_page + v_page), k_page, v_page, k_type, v_type};
+                matrix(output, hidden, heads * head_dim), matrix(gate_up, 2 * intermediate, hidden), matrix(down, hidden, intermediate), 0, {}};
     Model model{hidden, intermediate, head_dim, heads, kv_heads, 1e-5f, 1.5f, 0.2f, 0, 6.0f, activation, false,
                 matrix(embedding, vocabulary, hidden), matrix(embedding, vocabulary, hidden), scale, &layer, 1};
-    Room slab((layer.block_bytes * n_sequences + 3) / 4);
+    const std::int64_t block_bytes = kv_heads * (k_page + v_page);
+    Room slab((block_bytes * n_sequences + 3) / 4);
     std::vector<std::int32_t> table, zeros(n_sequences), counts(n_sequences, n_new);
     for (int s = 0; s < n_sequences; ++s) table.insert(table.end(), {0, s});
     const std::int64_t slabs[] = {reinterpret_cast<std::int64_t>(slab.at())};
-    const std::int64_t* const of_layers[] = {slabs};
-    const GroupRows group{table.data(), 2, counts.data(), zeros.data(), zeros.data(), nullptr, n_new, 0, 0};
+    layer.strands[0] = {0, slabs, block_bytes, k_page, v_page, k_type, v_type};
+    layer.strands[1].group = -1;
+    const GroupRows group{table.data(), 2, counts.data(), zeros.data(), zeros.data(), nullptr, n_new, 0, 0, table.data(), 2, 0};
     const Rotation rotation{cosines.data(), sines.data(), pairs};
     const std::size_t rows = std::size_t(n_sequences) * n_new;
     std::vector<float> stream(rows * hidden), normed(rows * std::max({hidden, heads * head_dim, intermediate}));
     std::vector<float> produced(rows * std::max({qkv, 2 * intermediate, hidden})), lse(rows * heads), found(rows * vocabulary);
-    Forward step{tokens.data(), zeros.data(), n_sequences, n_new, 2, 24, &group, of_layers, &rotation, stream.data(), normed.data(), produced.data(),
+    Forward step{tokens.data(), zeros.data(), n_sequences, n_new, 2, 24, &group, &rotation, stream.data(), normed.data(), produced.data(),
                  lse.data(), nullptr, n_new, zeros.data(), found.data()};
     Room scratch(kernels.forward_floats(model, step));
     step.scratch = scratch.at();
@@ -371,6 +378,50 @@ bool check_forward(const Kernels& kernels, const Kernels& everywhere) {
   return is_near(what, decoder.logits(kernels), {expected.begin(), expected.end()}, is_exact ? 2e-4 : 2e-2);
 }
 
+// New rows become the same bytes as by the instruction set that runs everywhere.
+bool check_append(const Kernels& kernels, const Kernels& everywhere) {
+  const NumberType type = any_type(), k_type = any_page_type(), v_type = any_page_type();
+  const int n_sequences = any(1, 2), heads = any(1, 3), span = one_of({1, 7, 16, 48, 64, 150}), k_dim = any(1, 300), v_dim = any(1, 300);
+  const int row = any(0, span - 1), n_tokens = any(1, 150), n_blocks = (row + n_tokens + span - 1) / span;
+  const std::int64_t k_page = is_plain(k_type) ? page_bytes(std::int64_t{span} * k_dim, k_type) : Packed{k_type, true, span, k_dim}.bytes();
+  const std::int64_t v_page = is_plain(v_type) ? page_bytes(std::int64_t{span} * v_dim, v_type) : Packed{v_type, false, span, v_dim}.bytes();
+  const auto rows = [&](int dim) {
+    Numbers numbers(std::size_t(n_sequences) * heads * n_tokens * dim, type, one_of({1e-40f, 1e-20f, 1.0f, 1e4f, 1e30f}));
+    for (int i = any(0, 1) * 20; i > 0; --i) {
+      const std::size_t first = any(0, n_sequences * heads * n_tokens * dim - dim);
+      const float x = one_of({0.0f, -0.0f, 60000.0f, -1e-4f});
+      for (int d = 0; d < one_of({1, dim}); ++d) put(held(x, type), type, numbers.bytes.data() + (first + d) * bytes_of(type));
+    }
+    return numbers;
+  };
+  const Numbers keys = rows(k_dim), values = rows(v_dim);
+  std::vector<std::int32_t> table;
+  for (int i = 0; i < n_blocks * n_sequences; ++i) table.insert(table.end(), {0, n_blocks * n_sequences - 1 - i});
+  const auto written = [&](const Kernels& by, int n_threads) {
+    AppendArguments a{};
+    a.pages = {nullptr, table.data(), 2 * n_blocks, heads * (k_page + v_page), k_page, v_page, heads, span, k_dim, v_dim, k_type, v_type};
+    std::vector<char> slab(a.pages.block_bytes * n_blocks * n_sequences, '\x33');
+    const std::int64_t slabs[] = {reinterpret_cast<std::int64_t>(slab.data())};
+    a.pages.slabs = slabs;
+    a.keys = {keys.bytes.data(), std::int64_t{heads} * n_tokens * k_dim, k_dim, std::int64_t{heads} * k_dim};
+    a.values = {values.bytes.data(), std::int64_t{heads} * n_tokens * v_dim, v_dim, std::int64_t{heads} * v_dim};
+    a.type = type;
+    a.n_sequences = n_sequences;
+    a.n_threads = n_threads;
+    a.n_tokens = n_tokens;
+    a.row = row;
+    by.append(a);
+    a.in_groups = true;
+    a.row = 0;
+    by.append(a);
+    return slab;
+  };
+  if (written(kernels, any(1, 3)) == written(everywhere, 1)) return true;
+  std::printf("%s: rows of %d and %d in %s become other bytes, pages %s and %s of %d rows, %d from row %d on\n", kernels.isa, k_dim, v_dim,
+              name_of(type), name_of(k_type), name_of(v_type), span, n_tokens, row);
+  return false;
+}
+
 }  // namespace
 
 int main() {
@@ -382,7 +433,8 @@ int main() {
     bool is_right = true;
     int n = 0;
     for (; is_right && n < 400; ++n) {
-      is_right = check_attention(*all[i]) && check_rounding(*all[i]) && (i == count - 1 || check_forward(*all[i], *all[count - 1]));
+      is_right = check_attention(*all[i]) && check_rounding(*all[i]);
+      if (i < count - 1) is_right = is_right && check_forward(*all[i], *all[count - 1]) && check_append(*all[i], *all[count - 1]);
     }
     std::printf("%s: %d rounds, %s\n", all[i]->isa, n, is_right ? "right" : "WRONG");
     are_right = are_right && is_right;

@@ -9,7 +9,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from stratakv.attention.cpu import is_built, read_all
 from stratakv.bench import attention
 from stratakv.bench.attention import AttentionReport, Point, Shape, run_attention
 from stratakv.bench.machine import Machine
@@ -17,6 +16,7 @@ from stratakv.bench.report import attention_table
 from stratakv.bench.samples import Timing
 from stratakv.cli.bench import SHAPES
 from stratakv.errors import ConfigurationError
+from stratakv.extension import is_built, read_all
 
 pytestmark = pytest.mark.skipif(not is_built(), reason="installed without the extension, on purpose or for want of g++")
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from stratakv.attention.cpu import is_built
 from stratakv.bench import speed
 from stratakv.bench.machine import Machine
 from stratakv.bench.report import speed_table
@@ -17,6 +16,7 @@ from stratakv.bench.speed import KINDS, Point, SpeedOptions, SpeedReport, run_sp
 from stratakv.bench.subjects import SUBJECTS, Subject, make_subject
 from stratakv.cli import bench, bench_speed
 from stratakv.errors import ConfigurationError
+from stratakv.extension import is_built
 from stratakv.testing.tiny import VOCABULARY, tiny_gemma3, tiny_llama
 
 pytestmark = pytest.mark.skipif(not is_built(), reason="installed without the extension, on purpose or for want of g++")

@@ -14,12 +14,12 @@ from attention_checks import FORMATS, assert_right, queries, threads
 from torch import Tensor
 
 from stratakv.attention import AttentionBackend, AttentionOptions, CpuBackend, ReferenceBackend, backend_for, cpu
-from stratakv.attention.cpu import instruction_sets, is_built
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
 from stratakv.blocks.view import KVView
 from stratakv.errors import ConfigurationError, StateError
+from stratakv.extension import instruction_sets, is_built
 from stratakv.policies import Window
 from stratakv.spec import LayerSpec
 from stratakv.testing.views import make_view

@@ -10,11 +10,11 @@ from attention_checks import queries, threads
 from torch import Tensor
 
 from stratakv.attention import AttentionOptions, CpuBackend, ReferenceBackend
-from stratakv.attention.cpu import instruction_sets, is_built
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
 from stratakv.blocks.view import KVView
+from stratakv.extension import instruction_sets, is_built
 from stratakv.policies import RetentionPolicy, Window
 from stratakv.spec import LayerSpec
 from stratakv.testing.views import drawn

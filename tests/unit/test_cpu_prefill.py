@@ -9,8 +9,9 @@ import torch
 from attention_checks import FORMATS, assert_right, queries, threads
 from torch import Tensor
 
+from stratakv import extension
 from stratakv.attention import AttentionOptions, CpuBackend, ReferenceBackend, cpu
-from stratakv.attention.cpu import instruction_sets, is_built
+from stratakv.extension import instruction_sets, is_built
 from stratakv.policies import Window
 from stratakv.testing.views import make_view, view_of
 
@@ -135,7 +136,7 @@ def test_slopes_are_a_bias_that_the_kernel_makes(
 ) -> None:
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
 
-    class Sloped(cpu._kernels.Step):  # type: ignore[misc]  # the module is looked up by name
+    class Sloped(extension._kernels.Step):  # type: ignore[misc]  # the module is looked up by name
         def set_rules(self, *rules: Any) -> None:
             super().set_rules(*rules[:5], slopes.data_ptr(), rules[6])
 
@@ -144,7 +145,7 @@ def test_slopes_are_a_bias_that_the_kernel_makes(
     distance = torch.arange(290)[None, :] - torch.arange(290 - n_new, 290)[:, None]
     bias = slopes[None, :, None, None] * distance
     expected, expected_lse = ReferenceBackend().run(query.double(), view, AttentionOptions(0.3, bias=bias))
-    monkeypatch.setattr(cpu._kernels, "Step", Sloped)
+    monkeypatch.setattr(extension._kernels, "Step", Sloped)
     out, lse = CpuBackend(isa).run(query, view, AttentionOptions(0.3))
     torch.testing.assert_close(out.double(), expected, rtol=3e-6, atol=3e-6)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=3e-6, atol=1e-5)
@@ -250,12 +251,12 @@ def test_the_kernel_depends_on_the_queries_of_a_head_and_a_thread(
 ) -> None:
     called = []
 
-    class Recording(cpu._kernels.Step):  # type: ignore[misc]  # the module is looked up by name
+    class Recording(extension._kernels.Step):  # type: ignore[misc]  # the module is looked up by name
         def run(self, *arguments: Any) -> None:
             called.append("prefill" if self.is_prompt() else "decode")
 
     monkeypatch.setattr(cpu, "PREFILL_QUERIES", 24)
-    monkeypatch.setattr(cpu._kernels, "Step", Recording)
+    monkeypatch.setattr(extension._kernels, "Step", Recording)
     view = make_view(n_sequences, 2, 40, n_new, k_dim=16, v_dim=16, block_tokens=16)
     with threads(n_threads):
         CpuBackend().run(queries(n_sequences, 2 * group, n_new, 16), view, AttentionOptions(0.3))

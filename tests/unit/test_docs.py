@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stratakv.attention.cpu import is_built
+from stratakv.extension import is_built
 from stratakv.integrations.transformers.compat import cache_keyword
 from stratakv.testing.running import random_ids
 from stratakv.testing.tiny import tiny_llama

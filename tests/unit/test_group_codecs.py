@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stratakv import KVCache
+from stratakv.blocks.arena import Arena
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.geometry import build_spec, rows_coded_together
 from stratakv.blocks.memory import Memory
 from stratakv.codecs import Codec, get_codecs
-from stratakv.codecs.channels import ChannelCodec
 from stratakv.codecs.rotation import rotated
 from stratakv.errors import ConfigurationError, StateError, UnsupportedError
-from stratakv.plan import KeepPlan
+from stratakv.plan import KeepPlan, WritePlan
 from stratakv.policies import Window
 from stratakv.spec import LayerSpec
 from stratakv.testing.running import assert_logits_equal, fed_logits, random_ids, uncached_logits
@@ -172,13 +172,16 @@ def test_the_same_rows_give_the_same_codes_however_they_come(name: str, chunks: 
 @pytest.mark.parametrize("prompt", [192, 240])
 def test_rows_are_coded_once(prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # transformers#34096: a cache that took all it held apart at every flush became slower with length.
-    coded, right = [], ChannelCodec.encode
+    coded, right = [], Arena.write
 
-    def counting(self: ChannelCodec, layout: Any, pages: Tensor, block: Tensor, row: Tensor, values: Tensor) -> None:
-        coded.append(len(row))
-        right(self, layout, pages, block, row, values)
+    def counting(
+        self: Arena, member: int, plan: WritePlan, keys: Tensor, values: Tensor, *, in_groups: bool = False
+    ) -> None:
+        if in_groups:
+            coded.append(len(plan.tables) * plan.n_tokens)
+        right(self, member, plan, keys, values, in_groups=in_groups)
 
-    monkeypatch.setattr(ChannelCodec, "encode", counting)
+    monkeypatch.setattr(Arena, "write", counting)
     batch = filled("int4", prompt + 64, [prompt, *[1] * 64])
     assert sum(coded) == 2 * ((prompt + 64) // 64 * 64)
     assert len(coded) == 2  # with the prompt, and in one of the steps

@@ -22,8 +22,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama import modeling_llama
 
-from stratakv.attention.cpu import is_built
 from stratakv.errors import ConfigurationError, UnsupportedError
+from stratakv.extension import is_built
 from stratakv.integrations.transformers import attach
 from stratakv.models.native import NativeRunner
 from stratakv.testing.tiny import VOCABULARY, tiny_gemma2, tiny_gemma3, tiny_llama, tiny_mistral, tiny_qwen3

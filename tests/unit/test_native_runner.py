@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
-from stratakv.attention.cpu import instruction_sets, is_built
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.errors import CapacityError, ConfigurationError, UnsupportedError
+from stratakv.extension import instruction_sets, is_built
 from stratakv.integrations.transformers import KVCache
 from stratakv.integrations.transformers.compat import cache_keyword
 from stratakv.models.native import NativeRunner
@@ -293,6 +293,26 @@ def test_a_step_makes_no_tensor() -> None:
     assert [event for event in profiled.key_averages() if event.self_cpu_memory_usage > 0], (
         "a block came in: it is seen"
     )
+
+
+def test_next_tokens_are_the_likeliest() -> None:
+    runner = NativeRunner(tiny_qwen3(), dtype=torch.float32)
+    for n_sequences in (1, 3):
+        tokens = some_tokens(n_sequences, 12)
+        one, other = runner.new_batch(), runner.new_batch()
+        for start, stop in ((0, 7), (7, 8), (8, 12)):
+            logits = runner.forward(one, tokens[:, start:stop])
+            found = runner.next_tokens(other, tokens[:, start:stop])
+            assert found.dtype == torch.int64
+            assert not found.is_inference()
+            assert torch.equal(found, logits.argmax(-1))
+        before = found.clone()
+        runner.next_tokens(other, tokens[:, :1])
+        assert torch.equal(found, before)  # the result is the caller's
+    with pytest.raises(ConfigurationError):
+        runner.next_tokens(other, torch.tensor([[VOCABULARY]]))
+    with pytest.raises(ConfigurationError):
+        runner.next_tokens("batch", tokens)  # type: ignore[arg-type]  # on purpose
 
 
 def test_long_prompts_go_in_several_passes() -> None:

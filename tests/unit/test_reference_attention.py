@@ -20,10 +20,10 @@ from stratakv.attention import (
     merge_states,
 )
 from stratakv.attention import reference as reference_module
-from stratakv.attention.cpu import is_built
 from stratakv.attention.reference import attend_tensors
 from stratakv.blocks.view import KVPart, KVView
 from stratakv.errors import ConfigurationError
+from stratakv.extension import is_built
 from stratakv.policies import Window
 from stratakv.spec import Retention
 from stratakv.testing.views import drawn, make_view

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 from array import array
 from typing import Any
 
@@ -12,61 +10,15 @@ from torch import Tensor
 
 from stratakv.attention.base import AttentionBackend, AttentionOptions, check_call, hidden_below, query_heads
 from stratakv.blocks.view import KVPart, KVView
-from stratakv.codecs.floats import FORMAT_OF_DTYPE
-from stratakv.errors import ConfigurationError, InvariantError, UnsupportedError
+from stratakv.errors import ConfigurationError, InvariantError
+from stratakv.extension import FLOAT_FORMATS, FORMATS, MOST_PACKED_DIM, NUMBER_TYPES, load_kernels
 from stratakv.plan import ReadPlan
 
-try:  # by its name, so that the package's root, which knows all parts, is not imported here
-    _kernels: Any = importlib.import_module("stratakv._kernels")
-except ImportError:  # installed without the extension
-    _kernels = None
-
-NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FORMATS = {FORMAT_OF_DTYPE[dtype]: number for dtype, number in NUMBER_TYPES.items()}
-"""Those that rows are written in by kernels, too."""
-_READ = {**FORMATS, "fp8": 3, "int8": 4, "int4": 5, "int2": 6}
-_MOST_DIM = 1024  # of rows of few bits
 MASK_BOOL, MASK_FLOAT, MASK_BIAS = 1, 2, 3
 MOST_POSITIONS = 2**31 - 1
 PREFILL_QUERIES = 24
 """With so many queries a KV head (new tokens times query heads) the kernel for prompts is the faster one: measured with
 head dims 64 and 128, fp32 and bf16 pages, 512 to 4096 rows. It gives a thread no less than that."""
-
-
-def is_built() -> bool:
-    """Whether the extension was compiled and could be loaded."""
-    return _kernels is not None
-
-
-def instruction_sets() -> tuple[str, ...]:
-    """What this processor can run, best first."""
-    return tuple(_kernels.supported_isas()) if _kernels is not None else ()
-
-
-def load_kernels(isa: str | None = None) -> tuple[Any, str]:
-    """The extension, and the instruction set to use: `isa`, or what STRATAKV_ISA names, or the best there is.
-
-    Raises:
-        UnsupportedError: the extension is not there. ConfigurationError: this processor has no such instruction set.
-    """
-    if _kernels is None:
-        raise UnsupportedError("the extension stratakv._kernels was not built; install a C++ compiler and reinstall")
-    chosen = isa or os.environ.get("STRATAKV_ISA")
-    if not chosen:
-        return _kernels, instruction_sets()[0]
-    if not _kernels.is_supported(chosen):  # asking for all of them would enlarge the process's signal frames, for AMX
-        raise ConfigurationError(f"the instruction set {chosen!r} is not one of {', '.join(instruction_sets())}")
-    return _kernels, chosen
-
-
-def read_all(words: Tensor) -> int:
-    """The sum of all of `words`, int64 `[n]` in RAM, by as many threads as attention takes: a measure of bandwidth.
-
-    Without the extension torch reads them.
-    """
-    if _kernels is None:
-        return int(words.sum())
-    return int(_kernels.read_all(words.data_ptr(), words.numel(), torch.get_num_threads()))
 
 
 class CpuBackend(AttentionBackend):
@@ -95,10 +47,13 @@ class CpuBackend(AttentionBackend):
             if arena.device.type != "cpu":
                 return f"pages are on {arena.device}"
             formats = arena.spec.k_format, arena.spec.v_format
-            if not _READ.keys() >= set(formats):
+            if not FORMATS.keys() >= set(formats):
                 return f"pages are stored as {' and '.join(formats)}"
-            if max(view.k_dim, view.v_dim) > _MOST_DIM and not FORMATS.keys() >= set(formats):
-                return f"head dims are {view.k_dim} and {view.v_dim}, where rows of few bits have at most {_MOST_DIM}"
+            if max(view.k_dim, view.v_dim) > MOST_PACKED_DIM and not set(FLOAT_FORMATS) >= set(formats):
+                return (
+                    f"head dims are {view.k_dim} and {view.v_dim}, where rows of few bits have at most "
+                    f"{MOST_PACKED_DIM}"
+                )
         return None
 
     def run(self, query: Tensor, view: KVView, options: AttentionOptions) -> tuple[Tensor, Tensor]:
@@ -192,8 +147,8 @@ class CpuBackend(AttentionBackend):
             member.v_layout.nbytes,
             view.k_dim,
             view.v_dim,
-            _READ[arena.k_codec.name],
-            _READ[arena.v_codec.name],
+            FORMATS[arena.k_codec.name],
+            FORMATS[arena.v_codec.name],
         )
         step.set_rules(
             options.scale,

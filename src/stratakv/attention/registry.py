@@ -8,9 +8,10 @@ import warnings
 import torch
 
 from stratakv.attention.base import AttentionBackend, AttentionOptions
-from stratakv.attention.cpu import CpuBackend, is_built
+from stratakv.attention.cpu import CpuBackend
 from stratakv.attention.reference import ReferenceBackend
 from stratakv.blocks.view import KVView
+from stratakv.extension import is_built
 
 NOT_BUILT = (
     "stratakv was installed without its C++ extension, so attention over pages runs in plain torch, which is right and "

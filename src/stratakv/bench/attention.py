@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from stratakv.attention import AttentionOptions, CpuBackend
-from stratakv.attention.cpu import read_all
 from stratakv.bench.fit import MIN_POINTS, PowerFit, fit_timings
 from stratakv.bench.machine import Machine
 from stratakv.bench.samples import Timing, seconds_of
@@ -31,6 +30,7 @@ from stratakv.blocks.memory import Memory
 from stratakv.blocks.ram import zeros
 from stratakv.blocks.view import KVView
 from stratakv.errors import ConfigurationError
+from stratakv.extension import read_all
 from stratakv.models import Progress, SilentProgress
 from stratakv.spec import CacheSpec, LayerSpec
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stratakv.attention.cpu import read_all
 from stratakv.bench.fit import MIN_POINTS, PowerFit, fit_timings
 from stratakv.bench.machine import Machine
 from stratakv.bench.samples import Timing, seconds_of
 from stratakv.bench.subjects import Subject
 from stratakv.blocks.ram import zeros
+from stratakv.extension import read_all
 from stratakv.models import Progress, SilentProgress
 
 SCHEMA = "stratakv.bench.speed/1"

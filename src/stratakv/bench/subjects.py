@@ -99,7 +99,7 @@ class NativeSubject(Subject):
 
     def feed(self, tokens: Tensor) -> Tensor:
         """One forward."""
-        return self._runner.forward(self._batch, tokens).argmax(dim=-1)
+        return self._runner.next_tokens(self._batch, tokens)
 
     @property
     def cache_spec(self) -> CacheSpec:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from stratakv.blocks.append import Appender
 from stratakv.blocks.ram import LEAST_BYTES, zeros, zeros_on
 from stratakv.codecs import Codec, get_codecs
 from stratakv.errors import InvariantError, StateError
@@ -45,6 +46,7 @@ class Arena:
         self.slabs: list[Slab] = []
         self.bytes_copied = 0  # by growth; copies on write and compactions are not growth
         self._addresses: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        self.appender = Appender.if_built(device)
         self.version = 0
         """Rises when blocks move, change in size or lose their memory."""
 
@@ -161,6 +163,8 @@ class Arena:
         """
         self.check_version(plan)
         spec = self.spec.members[member]
+        if self.appender and self.appender.write(self, member, plan, keys, values, in_groups=in_groups):
+            return
         keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))  # [n_sequences * n_tokens, n_heads, d]
         for place in plan.places:
             pages = self.slabs[place.slab].members[member]

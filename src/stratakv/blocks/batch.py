@@ -16,7 +16,7 @@ from stratakv.blocks.plans import Plans, Step
 from stratakv.blocks.sequence import Sequence
 from stratakv.blocks.view import KVPart, KVView
 from stratakv.errors import CapacityError, ConfigurationError, StateError, UnsupportedError
-from stratakv.plan import KeepPlan, ReadPlan, Run, clip_runs, join_runs
+from stratakv.plan import KeepPlan, ReadPlan, Run, WritePlan, clip_runs, join_runs
 from stratakv.policies import RetentionPolicy, Window
 from stratakv.spec import LayerSpec
 from stratakv.units import whole
@@ -115,22 +115,36 @@ class SequenceBatch:
                 if held is not None:
                     self.memory.arenas[held].write(m, self._plans.write(self.sequences, step, held), *part)
             if rows_coded_together(self.memory.spec.groups[g]) > 1:
-                write_groups(self.memory, self._plans, self.sequences, step, (g, m), *part)
+                write_groups(self.memory, self._plans, self.sequences, step, (g, m), part)
         step.written.add(layer)
         if len(step.written) == len(self.memory.spec.layers):
             self._commit(step)
         return self.view(layer)
 
-    def plans(self) -> list[ReadPlan]:
-        """For a runner that writes by itself: what queries of the open step read in each group, its new rows included.
+    def plans(self) -> list[tuple[ReadPlan, WritePlan]]:
+        """For a runner that writes by itself: what queries of the open step read in each group, and where its rows go.
 
-        The new rows are the last `n_tokens` of each sequence.
+        What is read includes the new rows, the last ones, in groups whose rows are not in another group as well.
         """
         step = self._step
         if step is None:
             raise StateError("no step is open")
-        seen = self.seen_tokens + step.n_tokens
-        return [self._plans.read(self.sequences, step, g, seen) for g in range(len(self.memory.arenas))]
+        seen, plans = self.seen_tokens + step.n_tokens, self._plans
+        groups = range(len(self.memory.arenas))
+        return [(plans.read(self.sequences, step, g, seen), plans.write(self.sequences, step, g)) for g in groups]
+
+    def write_groups(self) -> None:
+        """For a runner that writes by itself: write those rows of the open step that are coded in groups.
+
+        All others are written.
+        """
+        step = self._step
+        if step is None:
+            raise StateError("no step is open")
+        for g, group in enumerate(self.memory.spec.groups):
+            if rows_coded_together(group) > 1:
+                for m in range(len(group.members)):
+                    write_groups(self.memory, self._plans, self.sequences, step, (g, m))
 
     @uninterrupted
     def complete(self) -> None:

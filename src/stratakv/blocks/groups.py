@@ -19,8 +19,7 @@ def write_groups(
     sequences: Seq[Sequence],
     step: Step,
     place: tuple[int, int],
-    keys: Tensor,
-    values: Tensor,
+    new: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Code the rows of one member that a step completes groups of, or none.
 
@@ -29,30 +28,29 @@ def write_groups(
         plans: of the step.
         sequences: that take it.
         step: under way.
-        place: the group and the member in it. The group's rows are in 16 bits elsewhere, with the new ones.
-        keys: the new ones, `[n_sequences, n_heads, n_tokens, k_dim]`, of the member's heads.
-        values: `[n_sequences, n_heads, n_tokens, v_dim]`.
+        place: the group and the member in it. Where the group's rows are in 16 bits elsewhere, the new ones are, too,
+            and what is coded is what is held there, however many rows come at once.
+        new: the new keys `[n_sequences, n_heads, n_tokens, k_dim]` and values `[..., v_dim]`, where they are not.
     """
     g, m = place
     plan = plans.write_groups(sequences, step, g)
     if plan is None:
         return
     table, recent = sequences[0].tables[g], memory.spec.recents.get(g)
-    if recent is not None:  # what is coded is what is held until then, however many rows come at once
-        held_by = memory.arenas[recent]
-        keys, values = held_by.k_codec.rounded(keys), held_by.v_codec.rounded(values)
-    if plan.row < table.n_rows - step.n_tokens:
-        # Read in 16 bits; those that were let go there before later ones were taken back, where they are coded.
-        start, seen = without_first(table.runs, plan.row)[0][0], sequences[0].seen_tokens
+    seen = sequences[0].seen_tokens
+    start = without_first(table.runs, plan.row)[0][0]
+    if recent is None:
         spans = {g: (start, seen)}
-        if recent is not None:
-            held = clip_runs(sequences[0].tables[recent].runs, start, seen)
-            first = held[-1][0] if held and sum(held[-1]) == seen else seen  # before it rows may be missing
-            spans = {g: (start, first), recent: (first, seen)}
-        read = [
-            memory.arenas[held].read(m, plans.read_span(sequences, held, *span), keys.dtype)
-            for held, span in spans.items()
-        ]
-        keys, values = (torch.cat(tensors, dim=2) for tensors in zip(*read, (keys, values), strict=True))
-    rows = (each[:, :, : plan.n_tokens] for each in (keys, values))
-    memory.arenas[g].write(m, plan, *rows, in_groups=True)
+    else:  # those that were let go there before later ones were taken back are read where they are coded
+        held = clip_runs(sequences[0].tables[recent].runs, start, seen + step.n_tokens)
+        spans = {g: (start, held[-1][0]), recent: (held[-1][0], seen + step.n_tokens)}
+    rows = [
+        memory.arenas[held_by].read(m, plans.read_span(sequences, held_by, *span), torch.float32)
+        for held_by, span in spans.items()
+        if span[0] < span[1]
+    ]
+    if recent is None:
+        assert new is not None
+        rows.append(new)
+    keys, values = rows[0] if len(rows) == 1 else (torch.cat(each, dim=2) for each in zip(*rows, strict=True))
+    memory.arenas[g].write(m, plan, keys[:, :, : plan.n_tokens], values[:, :, : plan.n_tokens], in_groups=True)

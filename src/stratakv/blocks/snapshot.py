@@ -31,7 +31,7 @@ from torch import Tensor
 from stratakv.errors import FormatError
 
 MAGIC = b"STRATAKV"
-VERSION = 2
+VERSION = 3
 _PREFIX = struct.Struct("<8sIQ")
 _DIGEST = 32
 

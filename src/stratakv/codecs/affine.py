@@ -7,10 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from stratakv.codecs.arrangements import GROUP
 from stratakv.codecs.rows import RowCodec
-
-GROUP = 128
-"""Channels that share a step and a lowest level."""
 
 
 class AffineCodec(RowCodec):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stratakv.codecs.floats import saturated
-from stratakv.codecs.tiles import MOST, TILE_ROWS, TileCodec, in_range, stored
+from stratakv.codecs.tiles import MOST, TileCodec, in_range, stored
 from stratakv.errors import InvariantError
 from stratakv.spec import PageLayout
 
@@ -42,15 +42,15 @@ class ChannelCodec(TileCodec):
             at = chosen.stop
             groups = values[chosen].unflatten(0, (n_groups, size)).movedim(2, 1)  # [n_groups, n_heads, size, head_dim]
             new_codes, new_parameters = self._coded(groups)
-            rows = self.packed(new_codes).movedim(1, 2).flatten(0, 1)
-            codes[block[chosen], :, row[chosen] // TILE_ROWS, :, row[chosen] % TILE_ROWS] = rows
+            rows = self.arrangement.packed(new_codes, self.bits).movedim(1, 2).flatten(0, 1)
+            codes[self.arrangement.at(block[chosen], row[chosen])] = rows
             first = slice(chosen.start, chosen.stop, size)
             parameters[block[first], :, row[first] // GROUP_ROWS] = new_parameters
 
     def take(self, layout: PageLayout, pages: Tensor, block: Tensor, row: Tensor) -> tuple[Tensor, ...]:
         """Packed codes `[n, n_heads, n quads, 4]`, and for each row its group's parameters `[n, n_heads, 2, k_dim]`."""
         codes, parameters = self.parts(layout, pages)
-        return codes[block, :, row // TILE_ROWS, :, row % TILE_ROWS], parameters[block, :, row // GROUP_ROWS]
+        return codes[self.arrangement.at(block, row)], parameters[block, :, row // GROUP_ROWS]
 
     def place(self, layout: PageLayout, pages: Tensor, block: Tensor, row: Tensor, stored: tuple[Tensor, ...]) -> None:
         """Scatter the rows of whole groups.
@@ -64,7 +64,7 @@ class ChannelCodec(TileCodec):
         if not torch.equal(bits, bits[first]):
             raise InvariantError("rows of different groups cannot share one, whose parameters they would have to share")
         codes, parameters = self.parts(layout, pages)
-        codes[block, :, row // TILE_ROWS, :, row % TILE_ROWS] = stored[0]
+        codes[self.arrangement.at(block, row)] = stored[0]
         parameters[block, :, row // GROUP_ROWS] = stored[1]
 
     def rounded(self, values: Tensor, block_tokens: int = GROUP_ROWS) -> Tensor:
@@ -99,7 +99,8 @@ class ChannelCodec(TileCodec):
 
         lowest = rows.amin(-2, keepdim=True)
         step = (rows.amax(-2, keepdim=True) - lowest) / most
-        lowest, step = read(lowest), read(step)
+        is_number = lowest.isfinite() & step.isfinite()
+        lowest, step = (read(torch.where(is_number, parameter, torch.nan)) for parameter in (lowest, step))
         codes = torch.where(step > 0, (rows - lowest) / step, 0.0).round().clamp(0, most).nan_to_num(0.0)
         parameters = torch.cat((stored(step, exponent), stored(lowest, exponent)), -2)
         return codes.to(torch.uint8), parameters

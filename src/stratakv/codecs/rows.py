@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from stratakv.codecs.arrangements import BY_ROWS, TILE_ROWS
+from stratakv.codecs.base import Codec
 from stratakv.codecs.floats import saturated
 from stratakv.codecs.rotation import rotated
-from stratakv.codecs.tiles import MOST, TILE_ROWS, TileCodec, in_range, stored
+from stratakv.codecs.tiles import MOST, TileCodec, in_range, stored
 from stratakv.spec import PageLayout, aligned
 
 
@@ -22,6 +24,12 @@ class RowCodec(TileCodec):
 
     rotates: bool = False
     """Whether rows are rotated before they are rounded, and back when they are read."""
+
+    def for_values(self) -> Codec:
+        """Values are summed over rows."""
+        codec = type(self)()
+        codec.arrangement = BY_ROWS
+        return codec
 
     @abstractmethod
     def n_parameters(self, head_dim: int) -> int:
@@ -47,19 +55,18 @@ class RowCodec(TileCodec):
     def encode(self, layout: PageLayout, pages: Tensor, block: Tensor, row: Tensor, values: Tensor) -> None:
         """Round rows, and write them with their parameters."""
         codes, parameters = self._coded(values)
-        self.place(layout, pages, block, row, (self.packed(codes), parameters))
+        self.place(layout, pages, block, row, (self.arrangement.packed(codes, self.bits), parameters))
 
     def take(self, layout: PageLayout, pages: Tensor, block: Tensor, row: Tensor) -> tuple[Tensor, ...]:
-        """Packed codes `[n, n_heads, n quads, 4]` and parameters `[n, n_heads, n_parameters]`."""
-        tile, lane = row // TILE_ROWS, row % TILE_ROWS
+        """Packed codes `[n, n_heads, ...]` and parameters `[n, n_heads, n_parameters]`."""
         codes, parameters = self.parts(layout, pages)
-        return codes[block, :, tile, :, lane], parameters[block, :, tile, :, lane]
+        return codes[self.arrangement.at(block, row)], parameters[block, :, row // TILE_ROWS, :, row % TILE_ROWS]
 
     def place(self, layout: PageLayout, pages: Tensor, block: Tensor, row: Tensor, stored: tuple[Tensor, ...]) -> None:
         """Scatter the rows."""
-        tile, lane = row // TILE_ROWS, row % TILE_ROWS
-        for part, new in zip(self.parts(layout, pages), stored, strict=True):
-            part[block, :, tile, :, lane] = new
+        codes, parameters = self.parts(layout, pages)
+        codes[self.arrangement.at(block, row)] = stored[0]
+        parameters[block, :, row // TILE_ROWS, :, row % TILE_ROWS] = stored[1]
 
     def rounded(self, values: Tensor, block_tokens: int = 64) -> Tensor:
         """Coded and back."""
@@ -92,4 +99,4 @@ class RowCodec(TileCodec):
             rotated(rows) if self.rotates else rows, lambda p: torch.ldexp(stored(p, exponent).float(), -exponent)
         )
         is_number = parameters.isfinite().all(-1, keepdim=True)
-        return codes, stored(torch.where(is_number, parameters, torch.nan), exponent)
+        return codes * is_number, stored(torch.where(is_number, parameters, torch.nan), exponent)

@@ -1,7 +1,7 @@
-"""Pages of small numbers, in the order in which dot products of bytes want them.
+"""Pages of small numbers.
 
-Rows lie in tiles of 16: for each few channels, as many as four bytes hold, the four bytes of all 16 rows. So a page has
-room for whole tiles, whatever its number of rows. Parameters, in bf16, follow behind all tiles.
+Rows lie in tiles of 16, so that a page has room for whole tiles, whatever its number of rows. Parameters, in bf16,
+follow behind all tiles.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from stratakv.codecs.arrangements import BY_CHANNELS, TILE_ROWS, Arrangement
 from stratakv.codecs.base import Codec
 from stratakv.codecs.floats import put, saturated
 from stratakv.errors import ConfigurationError
 from stratakv.spec import PageLayout, aligned
 
-TILE_ROWS = 16
 PARAMETER = torch.bfloat16  # the range of fp32: no row is too large or too small for it
-_CHANNELS = 4  # of one row side by side
 _LARGEST = torch.finfo(PARAMETER).max
 MOST = torch.finfo(torch.float32).max
 
@@ -28,6 +27,7 @@ class TileCodec(Codec):
     """Codes of `bits` bits, and parameters."""
 
     bits: int
+    arrangement: Arrangement = BY_CHANNELS
 
     @abstractmethod
     def parameter_shape(self, head_dim: int, block_tokens: int) -> tuple[int, ...]:
@@ -49,15 +49,15 @@ class TileCodec(Codec):
         """The tiles' codes, then the parameters."""
         if min(head_dim, block_tokens) < 1:
             raise ConfigurationError(f"a page needs rows of at least 1 number, got {block_tokens} of {head_dim}")
-        codes = aligned(block_tokens, TILE_ROWS) * self._row_bytes(head_dim)
+        codes = aligned(block_tokens, TILE_ROWS) * self.arrangement.row_bytes(head_dim, self.bits)
         parameters = math.prod(self.parameter_shape(head_dim, block_tokens)) * PARAMETER.itemsize
         return PageLayout(self.name, head_dim, block_tokens, codes, parameters)
 
     def decode(self, layout: PageLayout, pages: Tensor, out: Tensor) -> None:
         """Widen whole pages."""
         codes, parameters = self.parts(layout, pages)
-        codes = codes.movedim(-2, -3).flatten(-4, -3)[..., : layout.block_tokens, :, :]  # [..., rows, n quads, 4]
-        put(self.decoded(self.unpacked(codes, layout.head_dim), self.by_row(layout, parameters).float()), out)
+        rows = self.arrangement.unpacked(self.arrangement.rows(codes), layout.head_dim, self.bits)
+        put(self.decoded(rows[..., : layout.block_tokens, :], self.by_row(layout, parameters).float()), out)
 
     def move(self, layout: PageLayout, pages: Tensor, new_layout: PageLayout, new_pages: Tensor) -> None:
         """Tiles and parameters, as they are."""
@@ -67,43 +67,18 @@ class TileCodec(Codec):
 
     def scrub(self, layout: PageLayout, pages: Tensor, n_rows: int) -> None:
         """Zero the rows, their parameters and all padding."""
-        tile, lane = divmod(n_rows, TILE_ROWS)
         codes, parameters = self.parts(layout, pages)
-        codes[..., tile + (lane > 0) :, :, :, :] = 0
-        if lane:
-            codes[..., tile, :, lane:, :] = 0
+        self.arrangement.scrub(codes, n_rows)
         self.scrub_parameters(layout, parameters, n_rows)
         pages[..., layout.payload_bytes + layout.scale_bytes :] = 0
 
     def parts(self, layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed codes `[..., n_tiles, n quads, 16, 4]` and parameters `[..., *parameter_shape]`, as views."""
-        quads = self._row_bytes(layout.head_dim) // _CHANNELS
-        n_tiles = aligned(layout.block_tokens, TILE_ROWS) // TILE_ROWS
-        codes: Tensor = pages[..., : layout.payload_bytes].unflatten(-1, (n_tiles, quads, TILE_ROWS, _CHANNELS))
+        """Packed codes as the arrangement views them and parameters `[..., *parameter_shape]`, as views."""
+        row_bytes = self.arrangement.row_bytes(layout.head_dim, self.bits)
+        codes = self.arrangement.view(pages[..., : layout.payload_bytes], row_bytes)
         end = layout.payload_bytes + layout.scale_bytes
         parameters: Tensor = pages[..., layout.payload_bytes : end].view(PARAMETER)
         return codes, parameters.unflatten(-1, self.parameter_shape(layout.head_dim, layout.block_tokens))
-
-    def packed(self, codes: Tensor) -> Tensor:
-        """Codes `[..., head_dim]` as bytes `[..., n quads, 4]`, each with codes of channels that are four apart."""
-        fields = 8 // self.bits
-        width = _CHANNELS * fields
-        if codes.shape[-1] % width:
-            codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % width))
-        found = codes.unflatten(-1, (codes.shape[-1] // width, fields, _CHANNELS))
-        packed: Tensor = found[..., 0, :]
-        for i in range(1, fields):
-            packed = packed | found[..., i, :] << (self.bits * i)
-        return packed
-
-    def unpacked(self, packed: Tensor, head_dim: int) -> Tensor:
-        """The codes again."""
-        fields = [packed >> (self.bits * i) & (2**self.bits - 1) for i in range(8 // self.bits)]
-        codes: Tensor = torch.stack(fields, -2).flatten(-3)
-        return codes[..., :head_dim]
-
-    def _row_bytes(self, head_dim: int) -> int:
-        return aligned(head_dim, _CHANNELS * 8 // self.bits) * self.bits // 8
 
 
 def in_range(values: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -117,6 +92,9 @@ def in_range(values: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def stored(parameters: Tensor, exponent: Tensor) -> Tensor:
-    """`parameters` times powers of two in bf16. What is too large for it saturates; what is no number is NaN."""
-    large = torch.ldexp(parameters, exponent).clamp(-_LARGEST, _LARGEST)
+    """`parameters` times powers of two in bf16. What is too large for it saturates; what is no number is NaN.
+
+    There is no negative zero, since which zero is the least of several is not the same on all processors.
+    """
+    large = torch.ldexp(parameters, exponent).clamp(-_LARGEST, _LARGEST) + 0.0
     return torch.where(parameters.isfinite(), large, torch.nan).to(PARAMETER)

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stratakv.attention.cpu import FORMATS, MOST_POSITIONS, NUMBER_TYPES, PREFILL_QUERIES
+from stratakv.attention.cpu import MOST_POSITIONS, PREFILL_QUERIES
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.memory import Memory
 from stratakv.blocks.ram import zeros
 from stratakv.errors import CapacityError, ConfigurationError
+from stratakv.extension import FLOAT_FORMATS, FORMATS, MOST_PACKED_DIM, NUMBER_TYPES
 from stratakv.models.native.architecture import Architecture
 from stratakv.models.native.rotation import Rotations
 from stratakv.models.native.weights import LayerWeights, Linear, Weights
+from stratakv.plan import ReadPlan, WritePlan
+from stratakv.spec import CacheSpec
 
 
 class Binding:
@@ -84,22 +87,8 @@ class Binding:
         fed = tokens[:, start:stop].contiguous()
         wanted_positions = array("i", [seen + stop - n_wanted]) * n_sequences
         self._of_step = [positions, wanted_positions, fed]
-        for g, (plan, group) in enumerate(zip(batch.plans(), batch.memory.spec.groups, strict=True)):
-            first = plan.runs[0][0] - plan.skip
-            n_rows = plan.skip + plan.n_rows - (n_new - stop)
-            each = [array("i", [x]) * n_sequences for x in (n_rows, plan.skip, first)]
-            row_positions = None if plan.is_one_run else plan.row_positions
-            self._decoder.set_group(
-                g,
-                plan.table.data_ptr(),
-                plan.table.stride(0),
-                *(numbers.buffer_info()[0] for numbers in each),
-                0 if row_positions is None else row_positions.data_ptr(),
-                plan.block_tokens,
-                min(group.retention.window or 0, MOST_POSITIONS),
-                min(group.retention.sinks, MOST_POSITIONS),
-            )
-            self._of_step += [plan, each, row_positions]
+        for g, (reading, writing) in enumerate(batch.plans()):
+            self._use_group(g, batch.memory.spec, reading, writing, start, n_new - stop)
         self._decoder.forward(
             fed.data_ptr(),
             positions.buffer_info()[0],
@@ -111,6 +100,31 @@ class Binding:
             torch.get_num_threads(),
             PREFILL_QUERIES,
         )
+
+    def _use_group(
+        self, g: int, spec: CacheSpec, reading: ReadPlan, writing: WritePlan, start: int, n_later: int
+    ) -> None:
+        """Tell where group g's rows are, and where those from the step's token `start` on go; `n_later` come later."""
+        group = spec.groups[g]
+        seen_by = (group if group.recent_of is None else spec.groups[group.recent_of]).retention
+        first = reading.runs[0][0] - reading.skip if reading.runs else 0
+        n_rows = reading.skip + reading.n_rows - (0 if g in spec.recents else n_later)
+        each = [array("i", [x]) * reading.n_sequences for x in (n_rows, reading.skip, first)]
+        row_positions = None if reading.is_one_run else reading.row_positions
+        self._decoder.set_group(
+            g,
+            reading.table.data_ptr(),
+            reading.table.stride(0),
+            *(numbers.buffer_info()[0] for numbers in each),
+            0 if row_positions is None else row_positions.data_ptr(),
+            reading.block_tokens,
+            min(seen_by.window or 0, MOST_POSITIONS),
+            min(seen_by.sinks, MOST_POSITIONS),
+            writing.table.buffer_info()[0],
+            len(writing.table) // len(writing.tables),
+            writing.row % writing.block_tokens + start,
+        )
+        self._of_step += [reading, writing, each, row_positions]
 
     def _make(self, isa: str, n_groups: int) -> Any:
         facts, weights = self._architecture, self._weights
@@ -165,15 +179,19 @@ class Binding:
 
     def _use_slabs(self, memory: Memory) -> list[list[Tensor]]:
         """Tell where the slabs are, if that changed. Returns them."""
-        places = [place for (place,) in memory.spec.locations.values()]
-        both = [memory.arenas[g].addresses(m) for g, m in places]
+        places = []  # of each layer's strands: layer, which of the two, group, member
+        for index, ((g, m),) in enumerate(memory.spec.locations.values()):
+            held = (g, memory.spec.recents.get(g))
+            places += [(index, i, group, m) for i, group in enumerate(held) if group is not None]
+        both = [memory.arenas[g].addresses(m) for _, _, g, m in places]
         found, slabs = [addresses for addresses, _ in both], [tensors for _, tensors in both]
         if self._addresses and all(old is new for old, new in zip(self._addresses, found, strict=True)):
             return slabs
-        for index, ((g, m), addresses) in enumerate(zip(places, found, strict=True)):
+        for (index, strand, g, m), addresses in zip(places, found, strict=True):
             arena, member = memory.arenas[g], memory.spec.groups[g].members[m]
             self._decoder.set_pages(
                 index,
+                strand,
                 g,
                 addresses.data_ptr(),
                 member.nbytes,
@@ -217,6 +235,10 @@ def _check(architecture: Architecture, memory: Memory) -> None:
     if spec.k_format not in FORMATS or spec.v_format not in FORMATS:
         raise ConfigurationError(
             f"the native runner reads {', '.join(FORMATS)}, not {spec.k_format} and {spec.v_format}"
+        )
+    if architecture.head_dim > MOST_PACKED_DIM and not set(FLOAT_FORMATS) >= {spec.k_format, spec.v_format}:
+        raise ConfigurationError(
+            f"rows of few bits have head dims of at most {MOST_PACKED_DIM}, this model's are {architecture.head_dim}"
         )
     if any(len(places) > 1 for places in spec.locations.values()):
         raise ConfigurationError("the native runner reads caches whose layers keep the same rows for all heads")

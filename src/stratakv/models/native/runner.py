@@ -9,12 +9,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from stratakv.attention.cpu import NUMBER_TYPES, load_kernels
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
 from stratakv.codecs.floats import FORMAT_OF_DTYPE
 from stratakv.errors import CapacityError, ConfigurationError
+from stratakv.extension import NUMBER_TYPES, load_kernels
 from stratakv.models.native.architecture import Architecture, architecture_of
 from stratakv.models.native.binding import Binding
 from stratakv.models.native.inspection import check_logits
@@ -61,19 +61,38 @@ class NativeRunner:
         self._bindings: WeakKeyDictionary[Memory, Binding] = WeakKeyDictionary()
         self._exact = exact
         self._lock = Lock()
+        self._logits: Tensor | None = None  # of `next_tokens`
         check_logits(model, lambda tokens: self.forward(self.new_batch(), tokens, every=True), dtype)
 
     def new_batch(
-        self, *, format: str | None = None, block_tokens: int = 64, policy: RetentionPolicy | None = None
+        self,
+        *,
+        format: str | None = None,
+        block_tokens: int = 64,
+        policy: RetentionPolicy | None = None,
+        residual: int | None = None,
     ) -> SequenceBatch:
-        """An empty paged cache for this model. `format` None: that of the weights.
+        """An empty paged cache for this model.
+
+        Args:
+            format: of the pages; None: that of the weights.
+            block_tokens: rows in a block.
+            policy: which rows stay; None: all.
+            residual: how many of the last rows are held in 16 bits beside fewer; None: as many as the format asks for.
 
         Raises:
-            ConfigurationError: another format than those in `FORMATS`, a block of no tokens.
+            ConfigurationError: an unknown format, a block of no tokens, or a residual that the format cannot have.
         """
         format = format or FORMAT_OF_DTYPE[self.weights.dtype]
-        layers = self.architecture.layer_specs()
-        spec = build_spec(layers, k_format=format, v_format=format, block_tokens=block_tokens, policy=policy)
+        spec = build_spec(
+            self.architecture.layer_specs(),
+            k_format=format,
+            v_format=format,
+            block_tokens=block_tokens,
+            policy=policy,
+            residual=residual,
+            recent_format="fp16" if self.weights.dtype == torch.float16 else "bf16",
+        )
         return SequenceBatch(Memory(spec, device=torch.device("cpu")), policy)
 
     @torch.inference_mode()
@@ -96,8 +115,7 @@ class NativeRunner:
             ConfigurationError: no tokens, token ids beyond the vocabulary, or a cache of another shape.
             CapacityError: no room, in the cache or for the logits.
         """
-        if not isinstance(batch, SequenceBatch):
-            raise ConfigurationError(f"a native runner writes into what its new_batch gives, not {type(batch)}")
+        _check_batch(batch)
         tokens = self._checked(tokens)
         n_sequences, n_new = tokens.shape
         shape = (n_sequences, n_new if every else 1, self.architecture.vocabulary)
@@ -108,6 +126,27 @@ class NativeRunner:
         with self._lock:  # the decoder has room for one forward
             self._feed(batch, tokens, out, every=every)
         return out
+
+    @torch.inference_mode()
+    def next_tokens(self, batch: SequenceBatch, tokens: Tensor) -> Tensor:
+        """Feed new tokens as `forward` does, and give each sequence's likeliest next one, int64 `[n_sequences, 1]`.
+
+        The logits stay in memory that the runner keeps: with many sequences new memory for each step costs as much as
+        a layer, and so does torch's argmax.
+
+        Raises:
+            As `forward`.
+        """
+        _check_batch(batch)
+        tokens = self._checked(tokens)
+        shape = (len(tokens), 1, self.architecture.vocabulary)
+        with self._lock:
+            if self._logits is None or self._logits.shape != shape:
+                self._logits = _floats(*shape)
+            self._feed(batch, tokens, self._logits, every=False)
+            likeliest = self._logits.numpy().argmax(-1)
+        with torch.inference_mode(mode=False):
+            return torch.from_numpy(likeliest)
 
     def _feed(self, batch: SequenceBatch, tokens: Tensor, out: Tensor, *, every: bool) -> None:
         """A step of `batch`, or nothing."""
@@ -121,6 +160,7 @@ class NativeRunner:
             for start in range(0, n_new, span):
                 stop = min(start + span, n_new)
                 self._pass(binding, batch, tokens, start, stop, out, every=every)
+            batch.write_groups()
         except BaseException:
             if batch.open_step is not None:
                 batch.abort()
@@ -158,6 +198,11 @@ class NativeRunner:
         if low < 0 or high >= self.architecture.vocabulary:
             raise ConfigurationError(f"token ids go from 0 to {self.architecture.vocabulary - 1}, got {low} to {high}")
         return tokens.resolve_neg().to("cpu", torch.int32).contiguous()
+
+
+def _check_batch(batch: object) -> None:
+    if not isinstance(batch, SequenceBatch):
+        raise ConfigurationError(f"a native runner writes into what its new_batch gives, not {type(batch)}")
 
 
 def _floats(*shape: int) -> Tensor:
