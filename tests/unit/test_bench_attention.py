@@ -23,14 +23,17 @@ pytestmark = pytest.mark.skipif(not is_built(), reason="installed without the ex
 
 def test_a_run_has_the_documented_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "last_level_cache", lambda: 1 << 16)
-    report = run_attention([Shape("tiny", 4, 2, 8)], ["fp16", "fp32"], [256, 300], rounds=2)
+    report = run_attention([Shape("tiny", 4, 2, 8)], ["fp16", "fp32", "int8"], [256, 300], rounds=2)
     found = report.to_dict()
     assert set(found) == {"schema", "machine", "isa", "settings", "points", "growth", "targets"}
     assert [(p["format"], p["n_tokens"]) for p in found["points"]] == [
-        ("fp16", 256), ("fp16", 300), ("fp32", 256), ("fp32", 300),
+        ("fp16", 256), ("fp32", 256), ("int8", 256), ("fp16", 300), ("fp32", 300), ("int8", 300),
     ]  # fmt: skip
+    first = {point.n_tokens: point.paged.median for point in report.points if point.format == "fp16"}
     for point in report.points:
-        assert point.bytes_read == point.n_tokens * 2 * 2 * 8 * (2 if point.format == "fp16" else 4)
+        row = {"fp16": 16, "fp32": 32, "int8": 10}[point.format]  # bytes: 8 numbers, in int8 with a scale
+        assert point.bytes_read == point.n_tokens * 2 * 2 * row
+        assert point.of_first == point.paged.median / first[point.n_tokens]
         assert point.n_layers * point.bytes_read >= attention.CACHES << 16
         assert 0 < point.paged.smallest <= point.paged.median <= point.paged.largest
     with Path(os.devnull).open("w") as nowhere:
@@ -50,7 +53,7 @@ def test_growth_is_fitted_by_shape_and_format_where_there_are_lengths_enough() -
 
     def report(lengths: list[int]) -> AttentionReport:
         points = tuple(
-            Point(shape, "fp16", n, 3, 1000, Timing.of(n, [1e-5 + 2e-8 * n] * 3), Timing.of(n, [1.0]), True, 1e9)
+            Point(shape, "fp16", n, 3, 1000, Timing.of(n, [1e-5 + 2e-8 * n] * 3), Timing.of(n, [1.0]), True, 1e9, 1.0)
             for n in lengths
         )
         return AttentionReport(Machine.here(), "generic", 3, 64, points)
@@ -61,7 +64,9 @@ def test_growth_is_fitted_by_shape_and_format_where_there_are_lengths_enough() -
 
 
 def test_share_and_speedup_are_of_the_medians() -> None:
-    point = Point(Shape("x", 4, 2, 8), "fp16", 10, 3, 1000, Timing.of(10, [2e-6]), Timing.of(10, [8e-6]), True, 1e9)
+    point = Point(
+        Shape("x", 4, 2, 8), "fp16", 10, 3, 1000, Timing.of(10, [2e-6]), Timing.of(10, [8e-6]), True, 1e9, 1.0
+    )
     assert (point.share, point.speedup) == pytest.approx((0.5, 4.0))
 
 

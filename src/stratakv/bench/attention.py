@@ -5,8 +5,8 @@ model's step does, and are so many that what is read has left the processor's ca
 they are several times as large as the last of those. The same rows, gathered into plain tensors, are given to torch's
 `scaled_dot_product_attention`, and the query in the same dtype: once as it is, with `enable_gqa`, once with the queries
 of a KV head as if they were rows of one, which spares torch the repeating of keys; the faster of the two counts. That
-both sides give the same is checked before anything is timed. Then they, and plain reading of a large tensor, are timed
-in turn, round by round.
+both sides give the same is checked before anything is timed. Then all formats, torch over plain tensors of each dtype
+and plain reading of a large tensor are timed in turn, round by round.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from stratakv.extension import read_all
 from stratakv.models import Progress, SilentProgress
 from stratakv.spec import CacheSpec, LayerSpec
 
-SCHEMA = "stratakv.bench.attention/3"
+SCHEMA = "stratakv.bench.attention/4"
 SHARE_TARGET = 0.8
 SPEEDUP_TARGET = 4.0
 LONGEST = 1 << 20
@@ -75,6 +75,7 @@ class Point:
     sdpa: Timing  # with enable_gqa, or grouped: what took less
     sdpa_is_grouped: bool
     read_bandwidth: float
+    of_first: float  # the time of the first format of the run
 
     @property
     def share(self) -> float:
@@ -101,12 +102,13 @@ class Point:
 class AttentionReport:
     """All of one run. As JSON (`to_dict`), in seconds and bytes:
 
-    schema   "stratakv.bench.attention/3"
+    schema   "stratakv.bench.attention/4"
     machine  cpu, cores, threads, load, system, python, torch, transformers, stratakv
     isa      the instruction set of the kernels
     settings rounds, block_tokens
     points   a list of {shape, format, n_tokens, n_layers, bytes_read, paged, sdpa, sdpa_is_grouped, read_bandwidth,
-             share, speedup}; paged and sdpa are {length, median_seconds, min_seconds, max_seconds, noise, samples}
+             of_first (its time over that of the run's first format), share, speedup}; paged and sdpa are {length,
+             median_seconds, min_seconds, max_seconds, noise, samples}
     growth   by shape and format, with four lengths or more: how the paged call's cost grows with length: {exponent,
              low, high, intercept, slope, is_flat}, as `stratakv.bench.fit` has it
     targets  by point: whether the share is at least 0.8, and the speedup at least 4
@@ -172,64 +174,117 @@ def run_attention(
     points = []
     with torch.inference_mode():
         for shape in shapes:
-            for name in formats:
-                for n_tokens in lengths:
-                    reporter.stage(f"{shape.name}, {name}, {n_tokens:,} tokens")
-                    points.append(_measure(backend, shape, name, n_tokens, rounds, block_tokens, reporter))
+            for n_tokens in lengths:
+                reporter.stage(f"{shape.name}, {', '.join(formats)}, {n_tokens:,} tokens")
+                points += _measure(backend, shape, formats, n_tokens, rounds, block_tokens, reporter)
     return AttentionReport(machine, backend.isa, rounds, block_tokens, tuple(points))
 
 
+class _Paged:
+    """One format's caches, and what they are asked."""
+
+    def __init__(self, backend: CpuBackend, shape: Shape, name: str, n_tokens: int, block_tokens: int) -> None:
+        layer = LayerSpec(0, shape.n_kv_heads, shape.head_dim, shape.head_dim)
+        self.format = name
+        self.bytes_read = build_spec([layer], k_format=name, v_format=name).bytes_read(n_tokens)
+        self.n_layers = max(-(-_working_set() // self.bytes_read), 2)
+        layers = [replace(layer, index=i) for i in range(self.n_layers)]
+        spec = build_spec(layers, k_format=name, v_format=name, block_tokens=block_tokens)
+        batch = _filled(spec, n_tokens, torch.Generator().manual_seed(0))
+        self.views = [batch.view(i) for i in range(self.n_layers)]
+        self.dtype = torch.float32 if name == "fp32" else torch.bfloat16 if name == "bf16" else torch.float16
+        self.query = _query(shape, self.dtype)
+        self.seconds: list[float] = []
+        self._backend, self._options = backend, AttentionOptions(shape.head_dim**-0.5)
+
+    def attend(self, view: KVView) -> Tensor:
+        """Over the pages of one layer."""
+        return self._backend.run(self.query, view, self._options)[0]
+
+
+class _Plain:
+    """The rows of some layers in plain tensors, for torch."""
+
+    def __init__(self, shape: Shape, views: Sequence[KVView], dtype: torch.dtype) -> None:
+        self.query = _query(shape, dtype)
+        self._in_groups = self.query.view(1, shape.n_kv_heads, -1, shape.head_dim)
+        n_bytes = 2 * views[0].n_rows * shape.n_kv_heads * shape.head_dim * dtype.itemsize
+        gathered = (view.gather(dtype) for view in views[: max(-(-_working_set() // n_bytes), 2)])
+        self.rows = [(keys.clone(), values.clone()) for keys, values in gathered]
+        self.seconds: list[float] = []
+        self.seconds_in_groups: list[float] = []
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether that takes less."""
+        return statistics.median(self.seconds_in_groups[1:]) < statistics.median(self.seconds[1:])
+
+    def attend(self, rows: tuple[Tensor, Tensor]) -> Tensor:
+        """With queries that share keys."""
+        return torch.nn.functional.scaled_dot_product_attention(self.query, *rows, enable_gqa=True)
+
+    def attend_in_groups(self, rows: tuple[Tensor, Tensor]) -> Tensor:
+        """With queries that share keys as rows of one."""
+        return torch.nn.functional.scaled_dot_product_attention(self._in_groups, *rows)
+
+
 def _measure(
-    backend: CpuBackend, shape: Shape, name: str, n_tokens: int, rounds: int, block_tokens: int, reporter: Progress
-) -> Point:
-    layer = LayerSpec(0, shape.n_kv_heads, shape.head_dim, shape.head_dim)
-    bytes_read = build_spec([layer], k_format=name, v_format=name).bytes_read(n_tokens)
-    working_set = CACHES * last_level_cache()
-    n_layers = max(-(-working_set // bytes_read), 2)
-    layers = [replace(layer, index=i) for i in range(n_layers)]
-    spec = build_spec(layers, k_format=name, v_format=name, block_tokens=block_tokens)
-    generator = torch.Generator().manual_seed(0)
-    batch = _filled(spec, n_tokens, generator)
-    views = [batch.view(i) for i in range(n_layers)]
-    dtype = torch.float32 if name == "fp32" else torch.bfloat16 if name == "bf16" else torch.float16
-    query = torch.randn(1, shape.n_query_heads, 1, shape.head_dim, generator=generator).to(dtype)
-    grouped = query.view(1, shape.n_kv_heads, -1, shape.head_dim)
-    options = AttentionOptions(shape.head_dim**-0.5)
-    plain_bytes = 2 * n_tokens * shape.n_kv_heads * shape.head_dim * dtype.itemsize
-    gathered = (view.gather(dtype) for view in views[: max(-(-working_set // plain_bytes), 2)])
-    plain = [(keys.clone(), values.clone()) for keys, values in gathered]
-    words = zeros(max(working_set, bytes_read * n_layers) // 8 * 8).view(torch.int64).fill_(1)
-
-    def paged(view: KVView) -> Tensor:
-        return backend.run(query, view, options)[0]
-
-    def sdpa(rows: tuple[Tensor, Tensor]) -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(query, *rows, enable_gqa=True)
-
-    def sdpa_grouped(rows: tuple[Tensor, Tensor]) -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(grouped, *rows)
-
-    for theirs in (sdpa(plain[0]), sdpa_grouped(plain[0]).view(query.shape)):
-        torch.testing.assert_close(paged(views[0]), theirs, rtol=0.02, atol=0.02)
-    ours, repeated, in_groups, reading = [], [], [], []
+    backend: CpuBackend,
+    shape: Shape,
+    formats: Sequence[str],
+    n_tokens: int,
+    rounds: int,
+    block_tokens: int,
+    reporter: Progress,
+) -> list[Point]:
+    subjects = [_Paged(backend, shape, name, n_tokens, block_tokens) for name in formats]
+    plain: dict[torch.dtype, _Plain] = {}
+    for subject in subjects:
+        if subject.dtype not in plain:  # formats of few bits are timed beside the rows of the first one
+            plain[subject.dtype] = _Plain(shape, subject.views, subject.dtype)
+        own = _Plain(shape, subject.views[:1], subject.dtype)
+        out = subject.attend(subject.views[0])
+        for found in (own.attend(own.rows[0]), own.attend_in_groups(own.rows[0]).view(out.shape)):
+            torch.testing.assert_close(out, found, rtol=0.02, atol=0.02)
+    most = max(subject.bytes_read * subject.n_layers for subject in subjects)
+    words, reading = zeros(max(_working_set(), most) // 8 * 8).view(torch.int64).fill_(1), []
     for done in range(rounds + 1):  # the first is not counted
-        ours.append(_each(paged, views))
-        repeated.append(_each(sdpa, plain))
-        in_groups.append(_each(sdpa_grouped, plain))
+        for subject in subjects:
+            subject.seconds.append(_each(subject.attend, subject.views))
+        for theirs in plain.values():
+            theirs.seconds.append(_each(theirs.attend, theirs.rows))
+            theirs.seconds_in_groups.append(_each(theirs.attend_in_groups, theirs.rows))
         reading.append(8 * words.numel() / seconds_of(lambda: read_all(words)))
         reporter.advance(done, rounds)
-    is_grouped = statistics.median(in_groups[1:]) < statistics.median(repeated[1:])
-    return Point(
-        shape,
-        name,
-        n_tokens,
-        n_layers,
-        bytes_read,
-        Timing.of(n_tokens, ours[1:]),
-        Timing.of(n_tokens, (in_groups if is_grouped else repeated)[1:]),
-        is_grouped,
-        statistics.median(reading[1:]),
-    )
+    first = Timing.of(n_tokens, subjects[0].seconds[1:])
+    points = []
+    for subject in subjects:
+        theirs, ours = plain[subject.dtype], Timing.of(n_tokens, subject.seconds[1:])
+        torchs = theirs.seconds_in_groups if theirs.is_grouped else theirs.seconds
+        points.append(
+            Point(
+                shape,
+                subject.format,
+                n_tokens,
+                subject.n_layers,
+                subject.bytes_read,
+                ours,
+                Timing.of(n_tokens, torchs[1:]),
+                theirs.is_grouped,
+                statistics.median(reading[1:]),
+                ours.median / first.median,
+            )
+        )
+    return points
+
+
+def _query(shape: Shape, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(1, shape.n_query_heads, 1, shape.head_dim, generator=generator).to(dtype)
+
+
+def _working_set() -> int:
+    return CACHES * last_level_cache()
 
 
 def _each(call: Callable[[Any], object], over: Sequence[Any]) -> float:

@@ -32,7 +32,18 @@ def attention_table(report: AttentionReport) -> Table:
     table = Table(
         title=f"Decode attention, {report.isa}; {machine.cpu}, {machine.threads} threads, load {machine.load}"
     )
-    for heading in ("shape", "format", "tokens", "paged, ms", "torch, ms", "speedup", "GB/s", "read, GB/s", "share"):
+    for heading in (
+        "shape",
+        "format",
+        "tokens",
+        "paged, ms",
+        "torch, ms",
+        "speedup",
+        "GB/s",
+        "read, GB/s",
+        "share",
+        "of first",
+    ):
         table.add_column(heading, justify="left" if heading in ("shape", "format") else "right")
     for p in report.points:
         paged, sdpa = (
@@ -40,7 +51,7 @@ def attention_table(report: AttentionReport) -> Table:
         )
         bandwidth = p.bytes_read / p.paged.median / 1e9
         read = f"{p.read_bandwidth / 1e9:.1f}"
-        numbers = f"{p.speedup:.1f}", f"{bandwidth:.1f}", read, f"{p.share:.0%}"
+        numbers = f"{p.speedup:.1f}", f"{bandwidth:.1f}", read, f"{p.share:.0%}", f"{p.of_first:.2f}"
         table.add_row(p.shape.name, p.format, f"{p.n_tokens:,}", paged, sdpa, *numbers)
     table.caption = _growth(report.growth)
     return table
