@@ -27,6 +27,7 @@ def chat(
     model: options.Model = "smollm2",
     max_new_tokens: options.MaxNewTokens = 256,
     format: options.Format = None,
+    residual: options.Residual = None,
     block_tokens: options.BlockTokens = 64,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -54,7 +55,7 @@ def chat(
 
     with terminal_progress() as progress:
         loaded = load(model, dtype=options.torch_dtype(dtype), progress=progress)
-    cache = KVCache.for_model(loaded.model, format=format, block_tokens=block_tokens)
+    cache = KVCache.for_model(loaded.model, format=format, residual=residual, block_tokens=block_tokens)
     conversation = Conversation(loaded, cache, system)
     decoding = Decoding(max_new_tokens, heat, nucleus, seed)
     if sys.stdin.isatty():

@@ -21,6 +21,7 @@ def generate(
     model: options.Model = "smollm2",
     max_new_tokens: options.MaxNewTokens = 128,
     format: options.Format = None,
+    residual: options.Residual = None,
     layout: options.Layout = "paged",
     block_tokens: options.BlockTokens = 64,
     temperature: options.Temperature = None,
@@ -61,7 +62,9 @@ def generate(
         raise ConfigurationError("the prompt has no tokens")
     check_positions(loaded.model, len(token_ids), max_new_tokens)
     capacity = len(token_ids) + max_new_tokens if layout == "contiguous" else None
-    cache = KVCache.for_model(loaded.model, format=format, layout=layout, block_tokens=block_tokens, capacity=capacity)
+    cache = KVCache.for_model(
+        loaded.model, format=format, residual=residual, layout=layout, block_tokens=block_tokens, capacity=capacity
+    )
 
     def show(piece: str) -> None:
         typer.echo(piece, nl=False)

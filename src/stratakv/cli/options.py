@@ -26,6 +26,12 @@ Format = Annotated[
     str | None,
     typer.Option(help=f"How keys and values are stored: {', '.join(FORMATS)}.", show_default="as the model computes"),
 ]
+Residual = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="How many of the last tokens stay in 16 bits beside fewer.", show_default="as the format needs"
+    ),
+]
 Layout = Annotated[str, typer.Option(help=f"How the cache grows: {', '.join(LAYOUTS)}.")]
 BlockTokens = Annotated[int, typer.Option(help="Tokens in a block, for the paged layout.")]
 Dtype = Annotated[str, typer.Option(help=f"What the model computes in: {', '.join(DTYPES)}.")]
