@@ -17,6 +17,7 @@ class Float8(RowCodec):
 
     name = "fp8"
     bits = 8
+    residual = 16
 
     def n_parameters(self, head_dim: int) -> int:
         """The scale: the largest number of the row over 448."""

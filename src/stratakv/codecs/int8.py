@@ -16,12 +16,14 @@ _ZERO = 128.0
 class Int8(RowCodec):
     """Integers from -127 to 127, stored 128 higher, and a scale.
 
-    Rotated: without that a key's few large channels set the step for all others.
+    Rotated: without that a key's few large channels set the step for all others. Recent rows matter most: the last 16
+    in 16 bits leave a third of the error.
     """
 
     name = "int8"
     bits = 8
     rotates = True
+    residual = 16
 
     def n_parameters(self, head_dim: int) -> int:
         """The scale: the largest number of the row over 127."""
