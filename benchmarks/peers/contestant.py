@@ -37,14 +37,19 @@ def start_worker(entry: Entry, peers_dir: Path, threads: int) -> Worker:
 
 def enlist(entry: Entry, peers_dir: Path, settings: Settings) -> Contestant:
     """A peer of the catalog, as it was installed."""
-    reason = None if entry.environment == OWN else why_missing(ENVIRONMENTS[entry.environment], peers_dir)
     return Contestant(
         entry,
         lambda: start_worker(entry, peers_dir, settings.threads),
         peers_dir / "models" / entry.model,
         settings,
-        missing=None if reason is None else public(reason),
+        missing=why_not_there(entry, peers_dir),
     )
+
+
+def why_not_there(entry: Entry, peers_dir: Path) -> str | None:
+    """Why the venv of a peer cannot be used, or None where it can."""
+    reason = None if entry.environment == OWN else why_missing(ENVIRONMENTS[entry.environment], peers_dir)
+    return None if reason is None else public(reason)
 
 
 class Contestant:

@@ -33,7 +33,7 @@ import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -45,11 +45,10 @@ import transformers
 from torch import Tensor
 
 import stratakv
-from benchmarks.peers.catalog import ENVIRONMENTS, FOLLOWED, OWN_FORMATS, REFERENCES, Entry
+from benchmarks.peers.catalog import FOLLOWED, OWN_FORMATS, REFERENCES, Entry
 from benchmarks.peers.client import WorkerError
-from benchmarks.peers.contestant import ROOT, public, start_worker
+from benchmarks.peers.contestant import ROOT, public, start_worker, why_not_there
 from benchmarks.peers.fidelity_report import markdown
-from benchmarks.peers.install import why_missing
 from benchmarks.peers.models import make_models
 from benchmarks.peers.run import commit, say
 from stratakv.bench.fidelity import text_windows
@@ -101,35 +100,44 @@ def own_row(name: str, model: PreTrainedModel, windows: Tensor, settings: Settin
 class Followers:
     """Peers on one text. The logits of their references are kept in files, of which there is one a venv and window."""
 
-    def __init__(self, windows: Tensor, settings: Settings, peers_dir: Path, scratch: Path) -> None:
+    def __init__(
+        self,
+        windows: Tensor,
+        settings: Settings,
+        peers_dir: Path,
+        scratch: Path,
+        references: Mapping[str, str] = REFERENCES,
+    ) -> None:
         self._windows, self._settings, self._peers_dir, self._scratch = windows, settings, peers_dir, scratch
-        self._failures: dict[str, str] = {}  # of references, by venv
+        self._references = references
+        self._ready: set[str] = set()  # references that were followed
 
     def row(self, entry: Entry) -> Row:
         """Follow all windows with a peer, and score what it says. A reference is scored against itself."""
-        reference = REFERENCES[entry.environment]
-        missing = why_missing(ENVIRONMENTS[entry.environment], self._peers_dir) or self._failures.get(reference)
-        if missing is None:
-            try:
-                return self._follow(entry)
-            except (WorkerError, OSError) as error:
-                missing = public(f"{type(error).__name__}: {error}")
-        if entry.name == reference:
-            self._failures[reference] = f"{reference}, by which it is judged, is missing: {missing}"
-        return Row(entry.name, entry.kv, {}, missing)
+        reference = self._references[entry.environment]
+        missing = why_not_there(entry, self._peers_dir)
+        if missing is None and entry.name != reference and reference not in self._ready:
+            missing = f"{reference}, by which it is judged, was not measured"
+        if missing is not None:
+            return Row(entry.name, entry.kv, {}, missing)
+        try:
+            row = self._follow(entry)
+        except (WorkerError, OSError, ValueError) as error:
+            return Row(entry.name, entry.kv, {}, public(f"{type(error).__name__}: {error}"))
+        self._ready.add(entry.name)
+        return row
 
     def _follow(self, entry: Entry) -> Row:
         settings, scorer = self._settings, Scorer()
         steps: list[float] = []
-        n_bytes = []
-        is_reference = entry.name == REFERENCES[entry.environment]
+        n_bytes: list[int] = []
         worker = start_worker(entry, self._peers_dir, settings.threads)
         try:
             model = str(self._peers_dir / "models" / entry.model)
             loaded = worker.ask("load", settings.timeout, model=model, threads=settings.threads, **entry.options)
             for i, ids in enumerate(self._windows):
                 exact = self._scratch / f"{entry.environment}-{i}.f32"
-                found = exact if is_reference else self._scratch / "found.f32"
+                found = exact if entry.name in self._references.values() else self._scratch / "found.f32"
                 answer = worker.ask(
                     "follow",
                     settings.timeout,
@@ -143,9 +151,8 @@ class Followers:
         finally:
             worker.close()
         held = statistics.mean(n_bytes) / settings.tokens
-        return Row(
-            entry.name, entry.kv, loaded["versions"], None, scorer.scores(), held, statistics.median(steps or [0.0])
-        )
+        seconds = statistics.median(steps) if steps else None
+        return Row(entry.name, entry.kv, loaded["versions"], None, scorer.scores(), held, seconds)
 
 
 def score(scorer: Scorer, found: Path, exact: Path, next_ids: Tensor) -> None:

@@ -27,6 +27,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -109,13 +110,12 @@ def serve(peer: Peer) -> None:
         with Path(logits).open("wb") as out:
             out.write(peer.feed(tokens[:prefilled]))
             for token in tokens[prefilled:-1]:
-                seconds, found = _timed(lambda token=token: peer.feed([token]))
+                seconds, found = _timed(partial(peer.feed, [token]))
                 steps.append(seconds)
                 out.write(found)
         return {"seconds": steps, "bytes": peer.held_bytes()}
 
-    calls = {"load": load, "prefill": prefill, "decode": decode, "batch": batch, "follow": follow, "rss": _memory}
-    serve_calls(calls)
+    serve_calls({"load": load, "prefill": prefill, "decode": decode, "batch": batch, "follow": follow, "rss": _memory})
 
 
 def serve_calls(calls: Mapping[str, Callable[..., Answer]]) -> None:

@@ -82,6 +82,8 @@ def catalog_messages(data: bytes) -> list[str]:
         if magic != _CATALOG_MAGIC:
             raise ValueError(f"it begins with {magic:#x}")
         entries = [struct.unpack_from("<2I", data, at + 8 * i) for i in range(n)]
+        if any(start + length >= len(data) for length, start in entries):  # a zero follows each
+            raise ValueError("it ends too early")
         found = [data[start : start + length].decode() for length, start in entries]
     except (struct.error, ValueError) as error:
         raise ConfigurationError(f"this is no message catalog: {error}") from error

@@ -10,14 +10,13 @@ import typer
 from stratakv.cli import options
 
 DEFAULT_FORMATS = "bf16,int8,int4,int2"
-TEXTS = ("prose", "code", "french")  # named here so that an error does not wait for torch; a test compares them
 
 
 def fidelity(
     *,
     model: options.Model = "smollm2",
     formats: Annotated[str, typer.Option(help=f"{', '.join(options.FORMATS)}, with commas between.")] = DEFAULT_FORMATS,
-    texts: Annotated[str, typer.Option(help=f"{', '.join(TEXTS)}, with commas between.")] = "prose",
+    texts: Annotated[str, typer.Option(help=f"{', '.join(options.TEXTS)}, with commas between.")] = "prose",
     tokens: Annotated[int, typer.Option(min=2, max=1 << 20, help="Tokens in a window of text.")] = 2048,
     windows: Annotated[int, typer.Option(min=1, max=64, help="Windows, side by side.")] = 2,
     prefilled: Annotated[int, typer.Option(min=1, help="Tokens of a window that are fed at once, unscored.")] = 256,
@@ -26,7 +25,7 @@ def fidelity(
 ) -> None:
     """Measure what each format costs, token by token, against no cache: KL divergence, top-1, perplexity, bytes."""
     names = _choices("--formats", formats, options.FORMATS)
-    text_names = _choices("--texts", texts, TEXTS)
+    text_names = _choices("--texts", texts, options.TEXTS)
     options.check_report(report)
 
     import torch
