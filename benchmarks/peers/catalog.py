@@ -139,7 +139,7 @@ FOLLOWED = {
         _followed("transformers-hqq-4", "int4", cache="hqq", bits=4),
         _followed("transformers-hqq-4-axis-1", "int4", cache="hqq", bits=4, axis=1),
         _llama("f32", "plain"),
-        *(_llama(kv) for kv in ("f16", "q8_0", "q4_0", "q4_1", "iq4_nl")),
+        *(_llama(kv) for kv in ("q4_0", "q4_1", "iq4_nl", "q8_0", "f16")),
         _followed("transformers-quanto-2", "int2", cache="quanto", bits=2),
         _followed("transformers-hqq-2", "int2", cache="hqq", bits=2),
         _followed("transformers-hqq-2-axis-1", "int2", cache="hqq", bits=2, axis=1),
