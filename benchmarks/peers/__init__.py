@@ -4,9 +4,10 @@
 | --- | --- |
 | `catalog` | every peer: its worker, its venv, its options |
 | `install` | the venvs and the models, made once |
-| `models` | an f16 GGUF and a bf16 folder from the GGUF that is installed |
+| `models` | GGUF files and folders of safetensors from the GGUF that is installed |
 | `run` | the driver: starts workers, measures in turn, writes the report |
 | `stages`, `contestant` | what is measured; one peer through it, its worker and what went wrong |
+| `fidelity`, `fidelity_report` | another driver: what the caches' formats cost in accuracy; its table |
 | `client` | the driver's side of a worker: requests, time limits, ends |
 | `results`, `report`, `plot` | medians and the JSON; the table; the picture |
 | `protocol` | a worker's side: the loop, and the interface of a peer |

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from benchmarks.peers.models import FOLDER, GGUF
+from benchmarks.peers.models import EXACT_FOLDER, EXACT_GGUF, FOLDER, GGUF
 
 OWN = "stratakv"
 """The venv in which the driver itself runs: StrataKV's."""
@@ -109,3 +110,40 @@ PEERS = {
         Entry("vllm-fp32", "fp32", "fp32", "vllm_cpu", "vllm", FOLDER, {"dtype": "float32"}, _VLLM_VARIABLES),
     )
 }
+
+
+OWN_FORMATS: dict[str, dict[str, Any]] = {
+    **{f"stratakv-{name}": {"format": name} for name in ("fp16", "bf16", "int8", "fp8", "int4", "int2")},
+    "stratakv-int4-int2": {"k_format": "int4", "v_format": "int2"},
+}
+"""Those of StrataKV's whose fidelity is measured: options of `KVCache.for_model`."""
+
+
+def _followed(name: str, kv: str, **options: object) -> Entry:
+    exact = {"dtype": "fp32", **options}
+    return Entry(name, "fp32", kv, "transformers_cache", "transformers", EXACT_FOLDER, exact)
+
+
+def _llama(kv: str, attention: str = "flash") -> Entry:
+    options = {"kv": kv, "attention": attention}
+    return Entry(f"llama.cpp-{kv}", "f32", kv, "llama_cpp", "llama_cpp", EXACT_GGUF, options)
+
+
+REFERENCES = {"transformers": "transformers-fp32", "llama_cpp": "llama.cpp-f32"}
+"""By venv, the entry of `FOLLOWED` that rounds nothing, by which the others are judged."""
+FOLLOWED = {
+    entry.name: entry
+    for entry in (
+        _followed("transformers-fp32", "fp32", cache="dynamic"),
+        _followed("transformers-quanto-4", "int4", cache="quanto", bits=4),
+        _followed("transformers-hqq-4", "int4", cache="hqq", bits=4),
+        _followed("transformers-hqq-4-axis-1", "int4", cache="hqq", bits=4, axis=1),
+        _llama("f32", "plain"),
+        *(_llama(kv) for kv in ("q4_0", "q4_1", "iq4_nl", "q8_0", "f16")),
+        _followed("transformers-quanto-2", "int2", cache="quanto", bits=2),
+        _followed("transformers-hqq-2", "int2", cache="hqq", bits=2),
+        _followed("transformers-hqq-2-axis-1", "int2", cache="hqq", bits=2, axis=1),
+    )
+}
+"""Peers whose fidelity is measured: weights and compute in fp32, so that the cache is all that rounds. hqq's axis 1 is
+what the documentation of transformers advises for it; the default is 0."""

@@ -37,14 +37,19 @@ def start_worker(entry: Entry, peers_dir: Path, threads: int) -> Worker:
 
 def enlist(entry: Entry, peers_dir: Path, settings: Settings) -> Contestant:
     """A peer of the catalog, as it was installed."""
-    reason = None if entry.environment == OWN else why_missing(ENVIRONMENTS[entry.environment], peers_dir)
     return Contestant(
         entry,
         lambda: start_worker(entry, peers_dir, settings.threads),
         peers_dir / "models" / entry.model,
         settings,
-        missing=None if reason is None else _public(reason),
+        missing=why_not_there(entry, peers_dir),
     )
+
+
+def why_not_there(entry: Entry, peers_dir: Path) -> str | None:
+    """Why the venv of a peer cannot be used, or None where it can."""
+    reason = None if entry.environment == OWN else why_missing(ENVIRONMENTS[entry.environment], peers_dir)
+    return None if reason is None else public(reason)
 
 
 class Contestant:
@@ -81,7 +86,7 @@ class Contestant:
             self._worker = self._start()
             answer = self._ask("load", model=self._model, threads=self._settings.threads, **self.entry.options)
         except (WorkerError, OSError) as error:
-            self.missing = _public(f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error))
+            self.missing = public(f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error))
             self.close()
         else:
             self.versions, self.load_seconds = answer["versions"], answer["seconds"]
@@ -145,14 +150,14 @@ class Contestant:
         try:
             work()
         except (WorkerError, ValueError) as error:
-            cell.reason = _public(str(error))
+            cell.reason = public(str(error))
             if isinstance(error, WorkerTimeoutError):
                 self._gave_up[key[0]] = f"{cell.reason} at {key[1]}"
             if isinstance(error, WorkerLostError):
                 self._worker = None
 
 
-def _public(text: str) -> str:
+def public(text: str) -> str:
     """Reports are shown to others: no folders and no addresses of this machine."""
     text = re.sub(r"\w+://\S+", "(an address)", text.replace(str(ROOT), "."))
     return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", ".../", text)

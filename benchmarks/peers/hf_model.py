@@ -52,30 +52,39 @@ class TransformersPeer(Peer):
 
     def prefill(self, tokens: Sequence[int]) -> int:
         """One forward; the logits of the last token alone are computed, as `generate` does it."""
-        self._last = self._forward([list(tokens)])
+        self._last = self._likeliest([list(tokens)])
         return int(self._last)
 
     def step(self) -> int:
         """One forward of one token."""
-        self._last = self._forward(self._last[:, None])
+        self._last = self._likeliest(self._last[:, None])
         return int(self._last)
 
     def batch(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
         """All prompts as the rows of one batch; as they are of one length, nothing is padded."""
         self.prepare(len(prompts[0]) + new_tokens)
-        last = self._forward([list(prompt) for prompt in prompts])
+        last = self._likeliest([list(prompt) for prompt in prompts])
         steps = [last.tolist()]
         for _ in range(new_tokens - 1):
-            last = self._forward(last[:, None])
+            last = self._likeliest(last[:, None])
             steps.append(last.tolist())
         return [list(row) for row in zip(*steps, strict=True)]
 
-    def _forward(self, ids: list[list[int]] | torch.Tensor) -> torch.Tensor:
+    def feed(self, tokens: Sequence[int]) -> bytes:
+        """One forward."""
+        logits: bytes = self._forward([list(tokens)])[0].float().numpy().tobytes()
+        return logits
+
+    def _likeliest(self, ids: list[list[int]] | torch.Tensor) -> torch.Tensor:
         """The likeliest next tokens, int64 `[n_sequences]`."""
+        return self._forward(ids).argmax(-1)
+
+    def _forward(self, ids: list[list[int]] | torch.Tensor) -> torch.Tensor:
+        """The logits of the next tokens, `[n_sequences, vocabulary]`."""
         import torch
 
         ids = ids if isinstance(ids, torch.Tensor) else torch.tensor(ids)
         with torch.inference_mode():
             output = self.model(input_ids=ids, **{self._keyword: self._cache}, use_cache=True, logits_to_keep=1)
-            found: torch.Tensor = output.logits[:, -1].argmax(-1)
+            found: torch.Tensor = output.logits[:, -1]
         return found

@@ -4,12 +4,15 @@
     {"do": "prefill", "tokens": [...], "room": 41}               -> {"seconds": ..., "token": first new one}
     {"do": "decode", "n": 40}                                    -> {"seconds": [one a step], "tokens": [...]}
     {"do": "batch", "prompts": [[...], ...], "new_tokens": 64}   -> {"seconds": ..., "output_tokens": ...}
+    {"do": "follow", "tokens": [...], "prefilled": 256, "logits": file}
+                                                                 -> {"seconds": [one a step], "bytes": of the cache}
     {"do": "rss"}                                                -> {"now": bytes, "peak": bytes}
     {"do": "exit"}                                               -> {}
 
-Decoding is greedy and goes on from the prefill. A request that fails is answered with {"error": reason}, one that the
-peer cannot serve at all with {"unsupported": reason}; the worker goes on either way. Time is taken here, in one way for
-all: the choice of the token belongs to it, what `prepare` does does not.
+Decoding is greedy and goes on from the prefill. `follow` feeds given tokens, and writes the logits after the prefilled
+ones and after each further one, but the last, into the file: fp32, in the machine's byte order. A request that fails is
+answered with {"error": reason}, one that the peer cannot serve at all with {"unsupported": reason}; the worker goes on
+either way. Time is taken here, in one way for all: the choice of the token belongs to it, what `prepare` does does not.
 
 Standard library only: this file is imported in every peer's venv.
 """
@@ -24,6 +27,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -61,6 +65,22 @@ class Peer(ABC):
         """
         raise Unsupported("it runs one sequence at a time")
 
+    def feed(self, tokens: Sequence[int]) -> bytes:
+        """Feed tokens after those that were fed before, and return the logits after the last of them, in fp32.
+
+        Raises:
+            Unsupported: the peer shows no logits.
+        """
+        raise Unsupported("it shows no logits")
+
+    def held_bytes(self) -> int:
+        """Bytes that the cache has allocated.
+
+        Raises:
+            Unsupported: the peer does not say.
+        """
+        raise Unsupported("it does not say how many bytes its cache has")
+
 
 def serve(peer: Peer) -> None:
     """Answer requests to `peer` until `exit` or the end of stdin."""
@@ -84,7 +104,18 @@ def serve(peer: Peer) -> None:
         seconds, found = _timed(lambda: peer.batch(prompts, new_tokens))
         return {"seconds": seconds, "output_tokens": sum(map(len, found)), "first": [tokens[0] for tokens in found]}
 
-    serve_calls({"load": load, "prefill": prefill, "decode": decode, "batch": batch, "rss": _memory})
+    def follow(tokens: list[int], prefilled: int, logits: str) -> Answer:
+        peer.prepare(len(tokens))
+        steps = []
+        with Path(logits).open("wb") as out:
+            out.write(peer.feed(tokens[:prefilled]))
+            for token in tokens[prefilled:-1]:
+                seconds, found = _timed(partial(peer.feed, [token]))
+                steps.append(seconds)
+                out.write(found)
+        return {"seconds": steps, "bytes": peer.held_bytes()}
+
+    serve_calls({"load": load, "prefill": prefill, "decode": decode, "batch": batch, "follow": follow, "rss": _memory})
 
 
 def serve_calls(calls: Mapping[str, Callable[..., Answer]]) -> None:

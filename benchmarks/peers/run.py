@@ -75,7 +75,7 @@ class Run:
         bandwidth: list[dict[str, Any]] = []
         self._document |= {
             "machine": here.ask("machine", settings.timeout, threads=settings.threads),
-            "commit": _commit(),
+            "commit": commit(),
             "settings": asdict(settings),
             "bandwidth": bandwidth,
             "complete": False,
@@ -83,22 +83,22 @@ class Run:
         folder = str((self._peers_dir / "models" / FOLDER).absolute())
         tokens = here.ask("tokens", settings.timeout, folder=folder, n=settings.n_tokens)["tokens"]
         for contestant in self._contestants:
-            _say(f"loading {contestant.entry.name}")
+            say(f"loading {contestant.entry.name}")
             contestant.start()
             if contestant.missing is not None:
-                _say(f"  missing: {contestant.missing}")
+                say(f"  missing: {contestant.missing}")
         for key, stage in stages(settings, tokens).items():
             for contestant in self._contestants:
-                _say(f"{stage.title}, warming up {contestant.entry.name}")
+                say(f"{stage.title}, warming up {contestant.entry.name}")
                 contestant.begin(key, stage)
                 if contestant.cells[key].reason != contestant.missing:
-                    _say(f"  {contestant.cells[key].reason}")
+                    say(f"  {contestant.cells[key].reason}")
             for number in range(settings.rounds):
                 time.sleep(SETTLE_SECONDS)
                 read = here.ask("bandwidth", settings.timeout, threads=settings.threads)
                 bandwidth.append({"stage": stage.title, "round": number, **read})
                 gigabytes = read["bytes_per_second"] / 1e9
-                _say(f"{stage.title}, round {number + 1} of {settings.rounds}: memory at {gigabytes:.1f} GB/s")
+                say(f"{stage.title}, round {number + 1} of {settings.rounds}: memory at {gigabytes:.1f} GB/s")
                 self._round(key, stage, number)
             for contestant in self._contestants:
                 contestant.finish()
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = markdown(document)
     out.with_suffix(".md").write_text(table, encoding="utf-8")
     print(table)
-    _say(f"written: {out}, {out.with_suffix('.md').name}{_plot(peers_dir, out)}")
+    say(f"written: {out}, {out.with_suffix('.md').name}{_plot(peers_dir, out)}")
 
 
 def _plot(peers_dir: Path, out: Path) -> str:
@@ -186,13 +186,15 @@ def _numbers(text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """Of StrataKV, with "-dirty" where files had changed."""
     command = ["git", "describe", "--always", "--dirty"]
     found = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     return found.stdout.strip() or None
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line for whoever watches."""
     print(f"{datetime.now():%H:%M:%S} {text}", flush=True)
 
 

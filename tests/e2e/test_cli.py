@@ -113,16 +113,20 @@ def test_ctrl_c_ends_generate_with_130() -> None:
 
 def test_bench_fidelity_measures_the_real_model_briefly(tmp_path: Path) -> None:
     options = ("--formats", "bf16,int4", "--tokens", "110", "--windows", "1", "--prefilled", "100")
-    result = run("bench", "fidelity", *options, "--json", str(tmp_path / "f.json"))
+    result = run("bench", "fidelity", "--texts", "prose,code", *options, "--json", str(tmp_path / "f.json"))
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))
-    assert found["schema"] == "stratakv.bench.fidelity/1"
-    assert [each["k_format"] for each in found["formats"]] == ["bf16", "int4"]
-    assert [each["n_scored"] for each in found["formats"]] == [10, 10]
-    assert found["formats"][0]["kl"] < found["formats"][1]["kl"] < 0.1
+    assert found["schema"] == "stratakv.bench.fidelity/2"
+    assert [text["name"] for text in found["texts"]] == ["prose", "code"]
+    for text in found["texts"]:
+        exact, coarse = text["formats"]
+        assert [exact["k_format"], coarse["k_format"]] == ["bf16", "int4"]
+        assert exact["n_scored"] == coarse["n_scored"] == 10
+        assert exact["kl"] < coarse["kl"] < 0.1
+        assert text["name"] in result.output
     assert "KL" in result.output
-    refused = run("bench", "fidelity", "--tokens", "50", "--prefilled", "50")
-    assert refused.exit_code != 0
+    for refused in (["--tokens", "50", "--prefilled", "50"], ["--texts", "prose,latin"]):
+        assert run("bench", "fidelity", *refused).exit_code != 0
 
 
 def test_bench_scaling_measures_the_real_model_briefly(monkeypatch: pytest.MonkeyPatch) -> None:

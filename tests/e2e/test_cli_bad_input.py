@@ -145,11 +145,13 @@ def test_every_command_is_in_the_help_and_documented() -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
+    from stratakv.bench.texts import TEXTS
     from stratakv.blocks.geometry import LAYOUTS
     from stratakv.codecs import codec_names
 
     assert codec_names() == options.FORMATS
     assert LAYOUTS == options.LAYOUTS
+    assert tuple(TEXTS) == options.TEXTS
 
 
 def test_looking_at_where_a_report_goes_changes_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.peers.catalog import ENVIRONMENTS, OWN, PEERS, Entry
+from benchmarks.peers.catalog import ENVIRONMENTS, FOLLOWED, OWN, PEERS, Entry
 from benchmarks.peers.client import Worker, WorkerError, WorkerLostError, WorkerTimeoutError, cpu_seconds
 from benchmarks.peers.contestant import ROOT, Contestant, enlist
 from benchmarks.peers.install import why_missing
@@ -221,7 +221,7 @@ def test_reasons_name_no_folder_of_this_machine(script: Script, peers_dir: Path)
 
 
 def test_every_peer_has_a_worker_and_a_venv() -> None:
-    for entry in PEERS.values():
+    for entry in (*PEERS.values(), *FOLLOWED.values()):
         assert (ROOT / "benchmarks" / "peers" / f"{entry.worker}.py").is_file()
         assert entry.environment == OWN or entry.environment in ENVIRONMENTS
 
@@ -248,7 +248,7 @@ def test_the_f16_file_holds_the_numbers_and_the_metadata_of_the_quantised_one(tm
     writer.write_tensors_to_file()
     writer.close()
 
-    make_gguf(tmp_path / "q8.gguf", tmp_path / "f16.gguf")
+    make_gguf(tmp_path / "q8.gguf", tmp_path / "f16.gguf", "float16")
     found = gguf.GGUFReader(tmp_path / "f16.gguf")
     matrix, vector = found.tensors
     expected = gguf.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)

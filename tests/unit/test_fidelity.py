@@ -14,6 +14,7 @@ from stratakv.policies import Window
 from stratakv.testing.running import cache_argument, random_ids
 from stratakv.testing.tiny import tiny_gemma3, tiny_llama, tiny_t5
 from stratakv.testing.ways import WAYS, model_for
+from stratakv.verification import Scorer
 
 every_way = pytest.mark.parametrize("way", WAYS)
 
@@ -68,6 +69,39 @@ def test_the_figures_are_those_of_a_plain_computation() -> None:
     report = sk.fidelity(model, ids, prefilled=10, format="int8")
     assert report.kl == pytest.approx(sum(kl) / len(kl), rel=1e-3)
     assert report.perplexity == pytest.approx(float(torch.tensor(losses).double().mean().exp()), rel=1e-6)
+
+
+def test_scores_are_those_of_each_prediction_however_they_came() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found, exact = torch.randn(2, 50, 8, generator=generator)
+    next_ids = torch.randint(8, (50,), generator=generator)
+    once, by_part = Scorer(), Scorer()
+    once.add(found, exact, next_ids)
+    for part in (slice(0, 1), slice(1, 30), slice(30, 50)):
+        by_part.add(found[part], exact[part], next_ids[part])
+    scores = once.scores()
+    assert scores == by_part.scores()
+    log_found, log_exact = found.double().log_softmax(-1), exact.double().log_softmax(-1)
+    kl = [float((b.exp() * (b - a)).sum()) for a, b in zip(log_found, log_exact, strict=True)]
+    assert scores.n_scored == 50
+    assert scores.kl == pytest.approx(sum(kl) / 50)
+    assert sorted(kl)[-2] <= scores.kl_p99 <= max(kl)
+    assert scores.top1 == sum(int(a.argmax()) == int(b.argmax()) for a, b in zip(found, exact, strict=True)) / 50
+    for perplexity, log in ((scores.perplexity, log_found), (scores.exact_perplexity, log_exact)):
+        assert perplexity == pytest.approx(float((-log[torch.arange(50), next_ids].mean()).exp()))
+
+
+def test_predictions_that_do_not_fit_together_are_refused() -> None:
+    scorer, next_ids = Scorer(), torch.zeros(2, dtype=torch.int64)
+    for found, exact, ids in (
+        (torch.ones(2, 4), torch.ones(2, 5), next_ids),
+        (torch.ones(2, 4), torch.ones(2, 4), next_ids[:1]),
+        (torch.ones(2, 1, 4), torch.ones(2, 1, 4), next_ids),
+    ):
+        with pytest.raises(ConfigurationError):
+            scorer.add(found, exact, ids)
+    with pytest.raises(ConfigurationError):
+        scorer.scores()
 
 
 @pytest.mark.parametrize(

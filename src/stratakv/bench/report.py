@@ -12,6 +12,7 @@ from stratakv.bench.samples import Timing
 from stratakv.bench.scaling import ScalingReport
 from stratakv.bench.speed import SpeedReport
 from stratakv.units import format_bytes
+from stratakv.verification import FidelityReport
 
 
 def scaling_tables(report: ScalingReport) -> list[Table | Text]:
@@ -64,22 +65,14 @@ def fidelity_table(report: FidelityTable) -> Table:
         title=f"Fidelity: {report.model}, {way}; {report.n_windows} windows of {report.n_tokens:,} tokens, "
         f"{report.prefilled} of them prefilled"
     )
-    table.add_column("format")
+    for heading in ("text", "format"):
+        table.add_column(heading)
     for heading in ("KL", "99 %", "top-1", "perplexity", "heads off by", "bytes a token", "one more", "ms a step"):
         table.add_column(heading, justify="right")
-    for r in report.reports:
-        heads = [error for layer in r.output_errors for error in layer]
-        table.add_row(
-            r.k_format if r.k_format == r.v_format else f"{r.k_format}/{r.v_format}",
-            f"{r.kl:.2e}",
-            f"{r.kl_p99:.2e}",
-            f"{r.top1:.4f}",
-            f"{r.perplexity:.3f} ({r.perplexity_change:+.2%})",
-            f"{sum(heads) / len(heads):.2%}" if heads else "-",
-            f"{r.bytes_per_token:,.0f}",
-            f"{r.marginal_bytes_per_token:,}",
-            f"{r.seconds_per_token * 1e3:.1f}",
-        )
+    for text in report.texts:
+        for r in text.reports:
+            table.add_row(text.name, *_fidelity_cells(r))
+        table.add_section()
     return table
 
 
@@ -102,6 +95,21 @@ def speed_table(report: SpeedReport) -> Table:
         table.add_row(f"{p.size:,}", p.subject, middle, f"{low} to {high}", floor)
     table.caption = _growth(report.growth)
     return table
+
+
+def _fidelity_cells(r: FidelityReport) -> tuple[str, ...]:
+    heads = [error for layer in r.output_errors for error in layer]
+    return (
+        r.k_format if r.k_format == r.v_format else f"{r.k_format}/{r.v_format}",
+        f"{r.kl:.2e}",
+        f"{r.kl_p99:.2e}",
+        f"{r.top1:.4f}",
+        f"{r.perplexity:.3f} ({r.perplexity_change:+.2%})",
+        f"{sum(heads) / len(heads):.2%}" if heads else "-",
+        f"{r.bytes_per_token:,.0f}",
+        f"{r.marginal_bytes_per_token:,}",
+        f"{r.seconds_per_token * 1e3:.1f}",
+    )
 
 
 def _costs(report: ScalingReport) -> Table:

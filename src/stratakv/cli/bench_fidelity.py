@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ def fidelity(
     *,
     model: options.Model = "smollm2",
     formats: Annotated[str, typer.Option(help=f"{', '.join(options.FORMATS)}, with commas between.")] = DEFAULT_FORMATS,
+    texts: Annotated[str, typer.Option(help=f"{', '.join(options.TEXTS)}, with commas between.")] = "prose",
     tokens: Annotated[int, typer.Option(min=2, max=1 << 20, help="Tokens in a window of text.")] = 2048,
     windows: Annotated[int, typer.Option(min=1, max=64, help="Windows, side by side.")] = 2,
     prefilled: Annotated[int, typer.Option(min=1, help="Tokens of a window that are fed at once, unscored.")] = 256,
@@ -22,9 +24,8 @@ def fidelity(
     report: options.JsonFile = None,
 ) -> None:
     """Measure what each format costs, token by token, against no cache: KL divergence, top-1, perplexity, bytes."""
-    names = list(dict.fromkeys(part.strip() for part in formats.split(",")))
-    for name in names:
-        options.check_choice("--formats", name, options.FORMATS)
+    names = _choices("--formats", formats, options.FORMATS)
+    text_names = _choices("--texts", texts, options.TEXTS)
     options.check_report(report)
 
     import torch
@@ -43,6 +44,7 @@ def fidelity(
             loaded.tokenizer,
             names,
             name=loaded.name,
+            texts=text_names,
             n_tokens=tokens,
             n_windows=windows,
             prefilled=prefilled,
@@ -56,3 +58,10 @@ def fidelity(
     from rich.console import Console
 
     Console().print(fidelity_table(found))
+
+
+def _choices(option: str, value: str, accepted: Iterable[str]) -> list[str]:
+    names = list(dict.fromkeys(part.strip() for part in value.split(",")))
+    for name in names:
+        options.check_choice(option, name, accepted)
+    return names

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Named here so that an error does not wait for torch to be imported; a test compares them with the library's own.
 FORMATS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4", "int2")
 LAYOUTS = ("paged", "contiguous", "growing")
+TEXTS = ("prose", "code", "french")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 Model = Annotated[str, typer.Option(help="A known model (smollm2, gemma3-270m), a folder, or a .gguf file.")]

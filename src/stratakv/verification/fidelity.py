@@ -20,6 +20,7 @@ from stratakv.integrations.transformers.arguments import whole_numbers
 from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword
 from stratakv.integrations.transformers.quiet import quiet_transformers
 from stratakv.units import whole
+from stratakv.verification.scoring import Scorer, Scores
 
 PREFILLED = 256
 """Tokens that are fed at once, and not scored."""
@@ -117,8 +118,7 @@ def fidelity(
                 [model(input_ids=row[None], use_cache=False).logits[:, prefilled - 1 : -1] for row in ids]
             )
         with _outputs(model) as outputs:
-            kl, agree, losses, seconds = _scored(model, cache, ids, prefilled, exact, on_step)
-    perplexity, exact_perplexity = losses.mean(dim=(0, 1)).exp().tolist()
+            scores, seconds = _scored(model, cache, ids, prefilled, exact, on_step)
     return FidelityReport(
         type(model).__name__,
         cache.spec.k_format,
@@ -126,12 +126,12 @@ def fidelity(
         None if policy is None else policy.name,
         n_sequences,
         n_tokens,
-        kl.numel(),
-        float(kl.mean()),
-        float(kl.flatten().quantile(0.99)),
-        float(agree.mean()),
-        perplexity,
-        exact_perplexity,
+        scores.n_scored,
+        scores.kl,
+        scores.kl_p99,
+        scores.top1,
+        scores.perplexity,
+        scores.exact_perplexity,
         _head_errors(model, outputs, exact_outputs, n_sequences, prefilled),
         cache.batch.memory.nbytes / (n_sequences * n_tokens),
         cache.spec.bytes_per_token(),
@@ -157,28 +157,24 @@ def _scored(
     prefilled: int,
     exact: Tensor,
     on_step: Callable[[int, int], None] | None,
-) -> tuple[Tensor, Tensor, Tensor, float]:
+) -> tuple[Scores, float]:
     """Feed `ids`, and hold each prediction against `exact`, logits `[n_sequences, n_scored, vocabulary]`.
 
     Returns:
-        Of each scored token, `[n_sequences, n_scored]` in fp64: the KL divergence, and whether the likeliest tokens
-        agree; `[n_sequences, n_scored, 2]`: the losses with the cache and without; the median of a step's seconds.
+        What was found, and the median of a step's seconds.
     """
     keyword, n_tokens = cache_keyword(model), ids.shape[1]
-    kl, agree, losses, times = [], [], [], []
+    scorer, times = Scorer(), []
     edges = [0, *range(prefilled, n_tokens)]
     for i, (start, stop) in enumerate(itertools.pairwise(edges)):
         began = time.perf_counter()
         logits = model(input_ids=ids[:, start:stop], use_cache=True, **{keyword: cache}).logits[:, -1]
         times.append(time.perf_counter() - began)
-        found, right = (x.double().log_softmax(-1) for x in (logits, exact[:, i]))
-        kl.append((right.exp() * (right - found)).sum(-1).clamp(min=0))
-        agree.append((found.argmax(-1) == right.argmax(-1)).double())
-        losses.append(torch.cat([-x.gather(-1, ids[:, stop, None]) for x in (found, right)], -1))
+        scorer.add(logits, exact[:, i], ids[:, stop])
         if on_step is not None and (stop % 64 == 0 or stop == n_tokens - 1):
             on_step(stop, n_tokens - 1)
     steps = torch.tensor(times[1:] or times, device="cpu")
-    return torch.stack(kl, 1), torch.stack(agree, 1), torch.stack(losses, 1), float(steps.median())
+    return scorer.scores(), float(steps.median())
 
 
 @contextmanager
