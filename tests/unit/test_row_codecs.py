@@ -214,7 +214,7 @@ def test_reordered_and_cropped_rows_are_the_same_rows(make: Any, way: str, name:
 @every_format
 def test_bytes_are_counted_with_the_scales(name: str) -> None:
     model = model_for("gathered", tiny_llama)
-    alone, cache = (small_cache(model, format=name, block_tokens=64, **options) for options in ({"residual": 0}, {}))
+    alone, cache = (small_cache(model, format=name, block_tokens=64, residual=residual) for residual in (0, None))
     fed_logits(model, alone, random_ids(1, 64))
     fed_logits(model, cache, random_ids(1, 65), [64, 1])
     # 2 layers, 2 heads, K and V: 64 rows of 8 bytes and a scale of 2.
