@@ -47,7 +47,7 @@ SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 .venv-sanitize/bin/python
 
 sanitize: .venv-sanitize/.stamp-setup
-	$(SANITIZED) -c "from stratakv.attention.cpu import is_built; assert is_built(), 'the extension was not built'"
+	$(SANITIZED) -c "from stratakv.extension import is_built; assert is_built(), 'the extension was not built'"
 	$(SANITIZED) -m pytest -n $(PYTEST_WORKERS) $(wildcard tests/unit/test_cpu_*.py) tests/unit/test_native_runner.py
 
 # The kernels of 64-bit ARM, compiled here and run by an emulator (Debian: g++-12-aarch64-linux-gnu, qemu-user-static).
