@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stratakv.extension import FLOAT_FORMATS, FORMATS, MOST_PACKED_DIM, NUMBER_TYPES, is_built, load_kernels
+from stratakv.extension import (
+    FLOAT_FORMATS,
+    FORMATS,
+    GROUPED_FORMATS,
+    MOST_PACKED_DIM,
+    NUMBER_TYPES,
+    is_built,
+    load_kernels,
+)
 from stratakv.plan import WritePlan
 
 if TYPE_CHECKING:
@@ -39,9 +47,12 @@ class Appender:
         dims = spec.k_layout.head_dim, spec.v_layout.head_dim
         formats = arena.spec.k_format, arena.spec.v_format
         is_served = (
-            keys.dtype in NUMBER_TYPES
+            keys.is_cpu
+            and values.is_cpu
+            and keys.dtype in NUMBER_TYPES
             and values.dtype == keys.dtype
             and FORMATS.keys() >= set(formats)
+            and (plan.block_tokens > 1 or formats[0] not in GROUPED_FORMATS)  # pages of one row are no groups
             and (max(dims) <= MOST_PACKED_DIM or set(FLOAT_FORMATS) >= set(formats))
         )
         if not is_served:
