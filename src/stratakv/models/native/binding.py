@@ -240,7 +240,7 @@ def _check(architecture: Architecture, memory: Memory) -> None:
         raise ConfigurationError(
             f"rows of few bits have head dims of at most {MOST_PACKED_DIM}, this model's are {architecture.head_dim}"
         )
-    if spec.k_format in GROUPED_FORMATS and any(group.block_tokens == 1 for group in spec.groups):
+    if any(group.k_format in GROUPED_FORMATS and group.block_tokens == 1 for group in spec.groups):
         raise ConfigurationError(f"the native runner reads {spec.k_format} keys in blocks of at least 2 tokens")
     if any(len(places) > 1 for places in spec.locations.values()):
         raise ConfigurationError("the native runner reads caches whose layers keep the same rows for all heads")
