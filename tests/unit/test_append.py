@@ -9,7 +9,9 @@ from torch import Tensor
 
 from stratakv.blocks.append import Appender
 from stratakv.blocks.arena import Arena
+from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.geometry import build_spec
+from stratakv.blocks.memory import Memory
 from stratakv.extension import instruction_sets, is_built
 from stratakv.plan import WritePlan
 from stratakv.spec import LayerSpec
@@ -133,3 +135,23 @@ def test_a_saved_view_knows_that_pages_were_written() -> None:
     arena.write(0, WritePlan(4, 0, 64, ((arena.locate(0),),), arena.version), keys, keys)
     assert arena.slabs[0].members[0]._version > first
     assert written._version == before
+
+
+@every_format
+@pytest.mark.parametrize("block_tokens", [1, 2, 64])
+def test_a_cache_holds_the_same_rows_by_kernels_and_by_codecs(name: str, block_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (drawn(2, 2, 200, 32, generator=generator) for _ in range(2))
+    found = []
+    for has_kernels in (True, False):
+        layer = LayerSpec(0, 2, 32, 32)
+        spec = build_spec([layer], k_format=name, v_format=name, block_tokens=block_tokens)
+        batch = SequenceBatch(Memory(spec, device=torch.device("cpu")))
+        for arena in batch.memory.arenas:
+            arena.appender = Appender() if has_kernels else None
+        for start, stop in ((0, 150), (150, 151), (151, 200)):
+            batch.begin(2, stop - start)
+            batch.write(0, keys[:, :, start:stop], values[:, :, start:stop])
+        found.append(batch.view(0).gather(torch.float32))
+    for by_kernels, by_codecs in zip(*found, strict=True):
+        assert torch.equal(by_kernels, by_codecs)
