@@ -62,19 +62,6 @@ inline void store_row(const From* from, int, const PackedValues<F>& row) {
   store_codes<F>(from, row);
 }
 
-// The keys and values of one KV head become row `row` of a sequence, but for those that are coded with other rows.
-template <typename From>
-inline void append_row(const Pages& pages, int sequence, int head, int row, const From* key, const From* value) {
-  const int in_page = row % pages.block_tokens;
-  char* const block = block_bytes(pages, sequence, row / pages.block_tokens);
-  with_keys(pages.k_type, [&](auto format) {
-    store_row(key, pages.k_dim, key_rows_in<decltype(format)>(pages, block + keys_at(pages, head), in_page));
-  });
-  with_values(pages.v_type, [&](auto format) {
-    store_row(value, pages.v_dim, value_rows_in<decltype(format)>(pages, block + values_at(pages, head), in_page));
-  });
-}
-
 // The keys of a group of rows, from `row` of a sequence on; `keys` are the first one's.
 template <typename From>
 inline void append_group(const Pages& pages, int sequence, int head, int row, int n_rows, const From* keys, std::ptrdiff_t stride) {
@@ -85,6 +72,20 @@ inline void append_group(const Pages& pages, int sequence, int head, int row, in
     if constexpr (IsPacked<F>) {
       if constexpr (F::kCoding == Coding::kChannels) GroupCoder<F>::code(load, n_rows, pages.k_dim, page, pages.block_tokens, row % pages.block_tokens);
     }
+  });
+}
+
+// The keys and values of one KV head become row `row` of a sequence, but for keys that are coded with other rows.
+template <typename From>
+inline void append_row(const Pages& pages, int sequence, int head, int row, const From* key, const From* value) {
+  const int in_page = row % pages.block_tokens;
+  char* const block = block_bytes(pages, sequence, row / pages.block_tokens);
+  if (pages.block_tokens == 1) append_group(pages, sequence, head, row, 1, key, 0);  // nothing to code it with
+  with_keys(pages.k_type, [&](auto format) {
+    store_row(key, pages.k_dim, key_rows_in<decltype(format)>(pages, block + keys_at(pages, head), in_page));
+  });
+  with_values(pages.v_type, [&](auto format) {
+    store_row(value, pages.v_dim, value_rows_in<decltype(format)>(pages, block + values_at(pages, head), in_page));
   });
 }
 

@@ -20,8 +20,6 @@ NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2, "fp8": 3, "int8": 4, "int4": 5, "int2": 6}
 """Those of pages."""
 FLOAT_FORMATS = ("fp32", "bf16", "fp16")
-GROUPED_FORMATS = ("int4", "int2")
-"""Whose keys kernels write in groups of rows alone."""
 MOST_PACKED_DIM = 1024
 """The largest head dim in all other formats."""
 

@@ -57,7 +57,7 @@ def test_logits_equal_those_of_transformers_over_the_same_cache(isa: str, name: 
     model = MODELS[model_name]()
     runner = NativeRunner(model, dtype=torch.float32, isa=isa)
     tokens = random_ids(2, 210)
-    for block_tokens, chunks in ((64, [150, *[1] * 60]), (16, [70, 1, 1, 90, 48]), (24, [210])):
+    for block_tokens, chunks in ((64, [150, *[1] * 60]), (16, [70, 1, 1, 90, 48]), (24, [210]), (1, [100, 1, 1, 108])):
         cache = KVCache.for_model(model, format=name, block_tokens=block_tokens)
         expected = fed_logits(model, cache, tokens, chunks)
         batch = runner.new_batch(format=name, block_tokens=block_tokens)

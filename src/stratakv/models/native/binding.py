@@ -13,7 +13,7 @@ from stratakv.blocks.batch import SequenceBatch
 from stratakv.blocks.memory import Memory
 from stratakv.blocks.ram import zeros
 from stratakv.errors import CapacityError, ConfigurationError
-from stratakv.extension import FLOAT_FORMATS, FORMATS, GROUPED_FORMATS, MOST_PACKED_DIM, NUMBER_TYPES
+from stratakv.extension import FLOAT_FORMATS, FORMATS, MOST_PACKED_DIM, NUMBER_TYPES
 from stratakv.models.native.architecture import Architecture
 from stratakv.models.native.rotation import Rotations
 from stratakv.models.native.weights import LayerWeights, Linear, Weights
@@ -240,8 +240,6 @@ def _check(architecture: Architecture, memory: Memory) -> None:
         raise ConfigurationError(
             f"rows of few bits have head dims of at most {MOST_PACKED_DIM}, this model's are {architecture.head_dim}"
         )
-    if any(group.k_format in GROUPED_FORMATS and group.block_tokens == 1 for group in spec.groups):
-        raise ConfigurationError(f"the native runner reads {spec.k_format} keys in blocks of at least 2 tokens")
     if any(len(places) > 1 for places in spec.locations.values()):
         raise ConfigurationError("the native runner reads caches whose layers keep the same rows for all heads")
     if memory.device.type != "cpu":
