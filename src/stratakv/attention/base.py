@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stratakv.blocks.view import KVPart, KVView
 from stratakv.errors import ConfigurationError
+from stratakv.tensors import described, has_numbers
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ def check_call(query: Tensor, view: KVView, options: AttentionOptions) -> None:
         view: the rows.
         options: masks and the rest, on the device of the query.
     """
-    if query.dim() != 4 or not query.is_floating_point():
+    if query.dim() != 4 or not query.is_floating_point() or not has_numbers(query):
         raise ConfigurationError(
-            f"queries are numbers [n_sequences, n_query_heads, n_new, k_dim], got {query.dtype} {tuple(query.shape)}"
+            f"queries are numbers in memory [n_sequences, n_query_heads, n_new, k_dim], got {described(query)}"
         )
     n_sequences, n_query_heads, n_new, k_dim = query.shape
     if n_query_heads % view.n_kv_heads or k_dim != view.k_dim or n_sequences != view.n_sequences:
@@ -105,6 +106,8 @@ def check_call(query: Tensor, view: KVView, options: AttentionOptions) -> None:
         tensor = getattr(options, name)
         if tensor is not None and tensor.device != query.device:
             raise ConfigurationError(f"queries are on {query.device}, the {name} is on {tensor.device}")
+        if tensor is not None and not has_numbers(tensor):
+            raise ConfigurationError(f"the {name} holds no numbers in memory: {described(tensor)}")
     for table in (options.mask, options.bias):
         if table is not None:
             is_bool = table.dtype == torch.bool and table is options.mask

@@ -13,6 +13,7 @@ from stratakv.blocks.view import KVPart, KVView
 from stratakv.errors import ConfigurationError, InvariantError
 from stratakv.extension import FLOAT_FORMATS, FORMATS, MOST_PACKED_DIM, NUMBER_TYPES, load_kernels
 from stratakv.plan import ReadPlan
+from stratakv.tensors import has_numbers
 
 MASK_BOOL, MASK_FLOAT, MASK_BIAS = 1, 2, 3
 MOST_POSITIONS = 2**31 - 1
@@ -98,7 +99,7 @@ class CpuBackend(AttentionBackend):
             *(member.heads, member.k_layout, member.v_layout, part.retention, options.scale, options.softcap),
             None if part.recent is None else part.recent.plan,
             *(options.causal, view.seen_tokens, view.n_new, view.n_sequences, view.k_dim, view.v_dim),
-            *(query.shape, query.dtype, query.is_cpu, torch.get_num_threads()),
+            *(query.shape, query.dtype, query.is_cpu and has_numbers(query), torch.get_num_threads()),
         )
         last = self._last  # which nobody changes, so that threads may share it
         if last is None or last[0] is not part.plan or last[1] != facts:

@@ -11,7 +11,6 @@ from torch import Tensor
 from stratakv.extension import (
     FLOAT_FORMATS,
     FORMATS,
-    GROUPED_FORMATS,
     MOST_PACKED_DIM,
     NUMBER_TYPES,
     is_built,
@@ -27,11 +26,13 @@ class Appender:
     """Writes what `Arena.write` is given. What a row becomes is the codecs' to say; the kernels give the same bytes.
 
     Args:
-        isa: one of `instruction_sets()`; None: what the environment variable STRATAKV_ISA names, or the best.
+        isa: one of `instruction_sets()`; None: what the environment variable STRATAKV_ISA names, or the best. The
+            processor is asked when the first rows come: a cache can be made and looked at without.
     """
 
     def __init__(self, isa: str | None = None) -> None:
-        self._kernels, self._isa = load_kernels(isa)
+        self._given_isa = isa
+        self._loaded: tuple[Any, str] | None = None
         self._last: tuple[WritePlan, tuple[object, ...], Any, array[int]] | None = None
 
     @classmethod
@@ -52,7 +53,6 @@ class Appender:
             and keys.dtype in NUMBER_TYPES
             and values.dtype == keys.dtype
             and FORMATS.keys() >= set(formats)
-            and (plan.block_tokens > 1 or formats[0] not in GROUPED_FORMATS)  # pages of one row are no groups
             and (max(dims) <= MOST_PACKED_DIM or set(FLOAT_FORMATS) >= set(formats))
         )
         if not is_served:
@@ -77,7 +77,9 @@ class Appender:
 
     def _new_call(self, arena: Arena, member: int, plan: WritePlan, *, in_groups: bool) -> tuple[Any, array[int]]:
         """A call, but for where its numbers lie, and what it has the address of."""
-        spec, call, table = arena.spec.members[member], self._kernels.Append(self._isa), plan.table
+        self._loaded = self._loaded or load_kernels(self._given_isa)
+        kernels, isa = self._loaded
+        spec, call, table = arena.spec.members[member], kernels.Append(isa), plan.table
         n_sequences = len(plan.tables)
         call.set_pages(
             table.buffer_info()[0], len(table) // n_sequences, n_sequences, len(spec.heads), plan.block_tokens

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 
 from torch import Tensor
 
 from stratakv.blocks.checkpoint import Checkpoint
+from stratakv.blocks.eviction import Changes, compactions, evictions
 from stratakv.blocks.geometry import rows_coded_together
 from stratakv.blocks.groups import write_groups
 from stratakv.blocks.interrupts import uninterrupted
@@ -16,9 +16,10 @@ from stratakv.blocks.plans import Plans, Step
 from stratakv.blocks.sequence import Sequence
 from stratakv.blocks.view import KVPart, KVView
 from stratakv.errors import CapacityError, ConfigurationError, StateError, UnsupportedError
-from stratakv.plan import KeepPlan, ReadPlan, Run, WritePlan, clip_runs, join_runs
-from stratakv.policies import RetentionPolicy, Window
+from stratakv.plan import KeepPlan, ReadPlan, WritePlan
+from stratakv.policies import RetentionPolicy
 from stratakv.spec import LayerSpec
+from stratakv.tensors import described, has_numbers
 from stratakv.units import whole
 
 
@@ -101,7 +102,8 @@ class SequenceBatch:
             values: `[n_sequences, n_kv_heads, n_tokens, v_dim]`.
 
         Raises:
-            StateError: the tensors do not fit the step or what the layer stored before. Nothing was changed.
+            StateError: the tensors do not fit the step or what the layer stored before.
+            ConfigurationError: tensors that hold no numbers. In each case nothing was changed.
         """
         step = self._step
         if step is None or layer in step.written:
@@ -199,23 +201,8 @@ class SequenceBatch:
         self._complete = None
         self.memory.compact(self._evictions())
 
-    def _evictions(self) -> list[tuple[Sequence, int, KeepPlan]]:
-        """What may go in each group of each sequence."""
-        changes = []
-        kept: dict[tuple[int, int], tuple[Run, ...]] = {}  # by group and sequence, where something goes
-        for g, group in enumerate(self.memory.spec.groups):
-            policy = self.policy if group.imposed else _OWN_WINDOW
-            if policy is None or group.retention.window is None:
-                continue
-            for s, sequence in enumerate(self.sequences):
-                runs = sequence.tables[g].runs
-                plan = policy.keep(group.retention, self.seen_tokens, runs, group.block_tokens)
-                if group.recent_of is not None and (group.recent_of, s) in kept:
-                    plan = _within(kept[group.recent_of, s], plan or KeepPlan(runs, 0), runs)
-                if plan is not None:
-                    changes.append((sequence, g, plan))
-                    kept[g, s] = plan.runs
-        return changes
+    def _evictions(self) -> Changes:
+        return evictions(self.memory.spec, self.policy, self.sequences, self.seen_tokens)
 
     @uninterrupted
     def compact(self, plan: KeepPlan) -> None:
@@ -226,17 +213,7 @@ class SequenceBatch:
         """
         self.check_between_steps()
         self._complete = None
-        spec = self.memory.spec
-        groups = [g for g, group in enumerate(spec.groups) if group.imposed or not group.retention.window]
-        # A shorter run would see rows that are gone now, whatever the plan says.
-        exact = replace(plan, floor=max(plan.floor, self.seen_tokens))
-        changes = [(s, g, exact) for s in self.sequences for g in groups if s.tables[g].runs != exact.runs]
-        for sequence in self.sequences:
-            for recent in (spec.recents[g] for g in groups if g in spec.recents):
-                runs = sequence.tables[recent].runs
-                if (both := _within(exact.runs, KeepPlan(runs, 0), runs)) is not None:
-                    changes.append((sequence, recent, both))
-        self.memory.compact(changes)
+        self.memory.compact(compactions(self.memory.spec, plan, self.sequences, self.seen_tokens))
 
     @uninterrupted
     def truncate(self, n_tokens: int) -> None:
@@ -351,12 +328,6 @@ class SequenceBatch:
                 f"layer {layer} got keys {tuple(keys.shape)} and values {tuple(values.shape)} where the step has "
                 f"{expected[0]} and {expected[1]} (sequences, KV heads, tokens, head dim)"
             )
-
-
-def _within(runs: tuple[Run, ...], plan: KeepPlan, stored: tuple[Run, ...]) -> KeepPlan | None:
-    """`plan` less the positions that are not in `runs`; None where all that is `stored` stays."""
-    both = join_runs(run for first, count in runs for run in clip_runs(plan.runs, first, first + count))
-    return None if both == stored else KeepPlan(both, plan.floor)
-
-
-_OWN_WINDOW = Window(1)  # `keep` reads the window from the group's retention, not from the policy
+        for rows in (keys, values):
+            if not has_numbers(rows):
+                raise ConfigurationError(f"layer {layer} got rows without numbers in memory: {described(rows)}")

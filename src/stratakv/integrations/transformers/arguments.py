@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from stratakv.errors import ConfigurationError
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8)
+from stratakv.tensors import INTEGERS
 
 
 def whole_numbers(name: str, given: Any) -> Tensor:
@@ -26,7 +25,7 @@ def whole_numbers(name: str, given: Any) -> Tensor:
         raise ConfigurationError(f"{name} must be whole numbers, got {type(given).__name__}: {error}") from error
     if isinstance(given, (list, tuple)) and not found.numel():
         found = found.long()  # torch takes an empty list for floats
-    if found.layout != torch.strided or found.dtype not in _INTEGERS:
+    if found.layout != torch.strided or found.dtype not in INTEGERS:
         raise ConfigurationError(f"{name} must be whole numbers, got {found.dtype}, {found.layout}")
     numbers = found.long()
     if found.dtype == torch.uint64 and bool((numbers < 0).any()):

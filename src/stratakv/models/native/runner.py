@@ -21,8 +21,8 @@ from stratakv.models.native.inspection import check_logits
 from stratakv.models.native.rotation import Rotations
 from stratakv.models.native.weights import Weights
 from stratakv.policies import RetentionPolicy
+from stratakv.tensors import INTEGERS, described, has_numbers
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 MOST_ROWS = 512
 """Rows (sequences times new tokens) that one pass through the layers takes."""
 
@@ -189,9 +189,9 @@ class NativeRunner:
         return binding
 
     def _checked(self, tokens: Tensor) -> Tensor:
-        is_dense = isinstance(tokens, Tensor) and tokens.layout == torch.strided and tokens.device.type != "meta"
-        if not is_dense or tokens.dim() != 2 or not tokens.numel() or tokens.dtype not in _INTEGERS:
-            given = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        is_fit = isinstance(tokens, Tensor) and has_numbers(tokens) and tokens.dtype in INTEGERS
+        if not is_fit or tokens.dim() != 2 or not tokens.numel():
+            given = described(tokens) if isinstance(tokens, Tensor) else type(tokens).__name__
             raise ConfigurationError(f"tokens are a tensor of integers [n_sequences, n_new], got {given}")
         ids = tokens.flatten().tolist()  # no tensor is made for a step
         low, high = min(ids), max(ids)
@@ -217,10 +217,11 @@ def _check_place(out: Tensor, shape: tuple[int, ...]) -> None:
     """Raise ConfigurationError where logits of `shape` cannot be written into `out`."""
     is_fit = (
         isinstance(out, Tensor)
-        and (out.shape, out.dtype, out.device.type, out.layout) == (shape, torch.float32, "cpu", torch.strided)
+        and (out.shape, out.dtype, out.device.type) == (shape, torch.float32, "cpu")
+        and has_numbers(out)
         and out.is_contiguous()
         and not (out.requires_grad or out.is_neg())
     )
     if not is_fit:
-        given = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        given = described(out) if isinstance(out, Tensor) else type(out).__name__
         raise ConfigurationError(f"logits go into dense fp32 {shape} in RAM without gradient, not into {given}")
