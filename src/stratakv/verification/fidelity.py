@@ -28,8 +28,8 @@ _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")  # what mixes the heads' ou
 
 
 @dataclass(frozen=True, slots=True)
-class FidelityReport:
-    """One cache configuration against none.
+class FidelityReport(Scores):
+    """One cache configuration against none: the scores, of predictions after `prefilled` tokens, and what it takes.
 
     Attributes:
         model: its class.
@@ -38,12 +38,6 @@ class FidelityReport:
         policy: name of the policy, or None.
         n_sequences: texts, fed side by side.
         n_tokens: of each.
-        n_scored: predictions that were compared.
-        kl: mean KL divergence of the next token's distribution from the exact one, in nats.
-        kl_p99: its 99th percentile.
-        top1: share of predictions whose likeliest token is the exact one's.
-        perplexity: of the tokens that followed, with the cache.
-        exact_perplexity: without it.
         output_errors: by layer and query head, the relative L2 error of what the head gives, over all that was scored;
             empty where the model's attention has no linear layer that mixes heads.
         bytes_per_token: allocated at the end, over all tokens of all texts.
@@ -57,21 +51,10 @@ class FidelityReport:
     policy: str | None
     n_sequences: int
     n_tokens: int
-    n_scored: int
-    kl: float
-    kl_p99: float
-    top1: float
-    perplexity: float
-    exact_perplexity: float
     output_errors: tuple[tuple[float, ...], ...]
     bytes_per_token: float
     marginal_bytes_per_token: int
     seconds_per_token: float
-
-    @property
-    def perplexity_change(self) -> float:
-        """Relative to the exact one."""
-        return self.perplexity / self.exact_perplexity - 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -120,22 +103,17 @@ def fidelity(
         with _outputs(model) as outputs:
             scores, seconds = _scored(model, cache, ids, prefilled, exact, on_step)
     return FidelityReport(
-        type(model).__name__,
-        cache.spec.k_format,
-        cache.spec.v_format,
-        None if policy is None else policy.name,
-        n_sequences,
-        n_tokens,
-        scores.n_scored,
-        scores.kl,
-        scores.kl_p99,
-        scores.top1,
-        scores.perplexity,
-        scores.exact_perplexity,
-        _head_errors(model, outputs, exact_outputs, n_sequences, prefilled),
-        cache.batch.memory.nbytes / (n_sequences * n_tokens),
-        cache.spec.bytes_per_token(),
-        seconds,
+        **dataclasses.asdict(scores),
+        model=type(model).__name__,
+        k_format=cache.spec.k_format,
+        v_format=cache.spec.v_format,
+        policy=None if policy is None else policy.name,
+        n_sequences=n_sequences,
+        n_tokens=n_tokens,
+        output_errors=_head_errors(model, outputs, exact_outputs, n_sequences, prefilled),
+        bytes_per_token=cache.batch.memory.nbytes / (n_sequences * n_tokens),
+        marginal_bytes_per_token=cache.spec.bytes_per_token(),
+        seconds_per_token=seconds,
     )
 
 

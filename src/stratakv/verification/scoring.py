@@ -30,6 +30,11 @@ class Scores:
     perplexity: float
     exact_perplexity: float
 
+    @property
+    def perplexity_change(self) -> float:
+        """Relative to the exact one."""
+        return self.perplexity / self.exact_perplexity - 1
+
 
 class Scorer:
     """Takes predictions as they come and keeps a few numbers of each, not their logits."""
