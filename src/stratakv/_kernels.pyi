@@ -1,4 +1,4 @@
-class Append:
+class _Paged:
     def __init__(self, isa: str) -> None: ...
     def set_pages(self, table: int, table_stride: int, n_sequences: int, n_heads: int, block_tokens: int) -> None: ...
     def set_member(
@@ -11,24 +11,14 @@ class Append:
         k_type: int,
         v_type: int,
     ) -> None: ...
+
+class Append(_Paged):
     def set_rows(self, row: int, n_tokens: int, in_groups: bool, n_threads: int) -> None: ...
     def run(
         self, slabs: int, keys: int, k: tuple[int, int, int], values: int, v: tuple[int, int, int], type: int
     ) -> None: ...
 
-class Step:
-    def __init__(self, isa: str) -> None: ...
-    def set_pages(self, table: int, table_stride: int, n_sequences: int, n_heads: int, block_tokens: int) -> None: ...
-    def set_member(
-        self,
-        block_bytes: int,
-        k_page_bytes: int,
-        v_page_bytes: int,
-        k_dim: int,
-        v_dim: int,
-        k_type: int,
-        v_type: int,
-    ) -> None: ...
+class Step(_Paged):
     def set_rows(
         self,
         counts: int,
