@@ -14,6 +14,7 @@
 #include "reading.h"
 #include "room.h"
 #include "runner/bindings.h"
+#include "sampling.h"
 
 namespace nb = nanobind;
 using stratakv::AppendArguments;
@@ -178,6 +179,12 @@ NB_MODULE(_kernels, m) {
         return stratakv::read_all(at<const std::uint64_t>(words), n, n_threads);
       },
       "The sum of n 64-bit words, to measure how fast memory can be read.");
+  m.def(
+      "sample_of",
+      [](std::intptr_t addresses, std::intptr_t sizes, std::int64_t n) {
+        return stratakv::sample_of(at<const std::uint64_t>(addresses), at<const std::uint64_t>(sizes), n);
+      },
+      "A number that tells whether n stretches of memory were changed, from some of their bytes.");
   nb::class_<Append>(m, "Append")
       .def(nb::init<const std::string&>())
       .def("set_pages", &Append::set_pages)

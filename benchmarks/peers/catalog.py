@@ -96,6 +96,7 @@ PEERS = {
         _hugging_face("stratakv-native-bf16", "bf16", "bf16", format="bf16"),
         _hugging_face("stratakv-native-fp16", "fp16", "fp16", format="fp16"),
         _hugging_face("stratakv-attached-bf16", "bf16", "bf16"),
+        _hugging_face("stratakv-attached-native-bf16", "bf16", "bf16", native=True),
         _hugging_face("stratakv-attached-fp32", "fp32", "fp32"),
         _hugging_face("transformers-dynamic-bf16", "bf16", "bf16", cache="dynamic"),
         _hugging_face("transformers-dynamic-fp32", "fp32", "fp32", cache="dynamic"),

@@ -9,7 +9,7 @@ from benchmarks.peers.protocol import serve
 
 
 class StratakvAttached(TransformersPeer):
-    """Attention by our kernels, all else by transformers."""
+    """Attention by our kernels, all else by transformers; or, with `native`, whole forwards by the kernels."""
 
     def loaded(self) -> dict[str, str]:
         """Attach, and name the instruction set that the kernels run."""
@@ -17,7 +17,7 @@ class StratakvAttached(TransformersPeer):
         from stratakv.attention.cpu import CpuBackend
         from stratakv.extension import is_built
 
-        stratakv.attach(self.model)
+        stratakv.attach(self.model, native=self.options.get("native", False))
         return {"stratakv": stratakv.__version__, "kernels": CpuBackend().isa if is_built() else "not built"}
 
     def new_cache(self, n_tokens: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from array import array
 from typing import Any
 
 import torch
@@ -48,6 +49,16 @@ def load_kernels(isa: str | None = None) -> tuple[Any, str]:
     if not _kernels.is_supported(chosen):  # asking for all of them would enlarge the process's signal frames, for AMX
         raise ConfigurationError(f"the instruction set {chosen!r} is not one of {', '.join(instruction_sets())}")
     return _kernels, chosen
+
+
+def sample_of(addresses: array[int], sizes: array[int]) -> int:
+    """A number that differs, all but surely, where many bytes of some memory do, from eight words of each stretch.
+
+    Args:
+        addresses: of stretches in RAM, as array("Q").
+        sizes: of each in bytes, likewise.
+    """
+    return int(_kernels.sample_of(addresses.buffer_info()[0], sizes.buffer_info()[0], len(addresses)))
 
 
 def read_all(words: Tensor) -> int:

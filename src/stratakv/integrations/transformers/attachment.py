@@ -17,6 +17,7 @@ from stratakv.integrations.transformers.attention import register
 from stratakv.integrations.transformers.cache import KVCache
 from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword, forward_parameters
 from stratakv.integrations.transformers.geometry import attention_config, decoder_config, template_layers
+from stratakv.integrations.transformers.native import NativeForward
 from stratakv.integrations.transformers.quiet import quiet_transformers
 from stratakv.integrations.transformers.state import ATTENTION_NAME
 
@@ -28,19 +29,35 @@ PROBE_CHUNKS_OF_STATES = (9, 1, 1, 1)
 
 @dataclass(frozen=True)
 class Attachment:
-    """What `attach` did. `max_abs` is the largest difference that the probe saw in the logits, of size `scale`."""
+    """What `attach` did.
+
+    Attributes:
+        model: the model.
+        replaced: its configs and the attention that they named.
+        max_abs: the largest difference that the probe saw in the logits.
+        scale: their size.
+    """
 
     model: PreTrainedModel
     replaced: Mapping[int, tuple[Any, str]]
     max_abs: float
     scale: float
 
+    @property
+    def is_native(self) -> bool:
+        """Whether the native runner takes the forwards that it can."""
+        return isinstance(vars(self.model).get("forward"), NativeForward)
+
     def detach(self) -> None:
-        """Give the model its own attention back."""
+        """Give the model its own attention back, and its own forward."""
         _restore(self.replaced)
+        if self.is_native:
+            del self.model.forward
 
 
-def attach(model: PreTrainedModel, *, probe_inputs: Mapping[str, Tensor] | None = None) -> Attachment:
+def attach(
+    model: PreTrainedModel, *, probe_inputs: Mapping[str, Tensor] | None = None, native: bool = False
+) -> Attachment:
     """Register our attention and mask functions and make `model` use them.
 
     The model is run once without a cache, and once through a `KVCache` with our attention, on a few tokens. Where the
@@ -51,10 +68,26 @@ def attach(model: PreTrainedModel, *, probe_inputs: Mapping[str, Tensor] | None 
         model: a transformers model in eval mode.
         probe_inputs: what the probe feeds beside its tokens, for models that need more than `input_ids` (an encoder's
             `input_features`, say); `input_ids` or `decoder_input_ids` here replace the probe's own.
+        native: let a `NativeRunner` compute whole forwards over a `KVCache`, attention and all else, where they ask for
+            logits of further tokens and nothing else; all other forwards run as without. It holds the weights once
+            more. A model of the Llama family, in RAM.
 
     Raises:
-        UnsupportedError: with the reason. The model is as it was.
+        UnsupportedError: with the reason. CapacityError: no room for the weights. The model is as it was.
     """
+    was_attached = attention_config(model)._attn_implementation == ATTENTION_NAME
+    attachment = _attach(model, probe_inputs)
+    if native and not attachment.is_native:
+        try:
+            model.forward = NativeForward(model)
+        except BaseException:
+            if not was_attached:
+                attachment.detach()
+            raise
+    return attachment
+
+
+def _attach(model: PreTrainedModel, probe_inputs: Mapping[str, Tensor] | None) -> Attachment:
     config = attention_config(model)
     if config._attn_implementation == ATTENTION_NAME:
         return Attachment(model, _implementations(model), 0.0, 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,7 @@ from stratakv.blocks.memory import Memory
 from stratakv.codecs import codec_names
 from stratakv.codecs.floats import FORMAT_OF_DTYPE
 from stratakv.errors import ConfigurationError, UnsupportedError
-from stratakv.integrations.transformers.compat import (
-    PreTrainedModel,
-    query_length,
-)
+from stratakv.integrations.transformers.compat import PreTrainedModel, query_length
 from stratakv.integrations.transformers.geometry import layer_specs, servable_layers
 from stratakv.integrations.transformers.gradients import without_gradients
 from stratakv.integrations.transformers.layers import KVLayer
@@ -197,6 +194,22 @@ class KVCache(CacheState):
             keys = without_gradients(keys, "stored keys", key_states)
             values = without_gradients(values, "stored values", value_states)
         return keys, values
+
+    def feed(self, run: Callable[[SequenceBatch], Tensor]) -> Tensor:
+        """A whole forward by something that writes the rows of all layers itself.
+
+        Args:
+            run: feeds the batch one step, or leaves it as it was.
+
+        Returns:
+            What `run` gave.
+        """
+        self._epoch.advance()
+        found = run(self.batch)
+        self.token_ids = None  # what was fed is not known
+        for layer in self.layers:
+            self.dtypes.setdefault(layer.index, self.model.dtype)
+        return found
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen; by one layer, where `layer_idx` names an attention layer."""

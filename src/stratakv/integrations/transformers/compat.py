@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 
 try:  # since 5.4
@@ -36,6 +37,7 @@ __all__ = [
     "LinearAttentionLayer",
     "PreTrainedModel",
     "cache_keyword",
+    "causal_output",
     "default_layers",
     "forward_parameters",
     "positive_crop_keeps",
@@ -87,6 +89,12 @@ def cache_keyword(model: PreTrainedModel) -> str:
 def takes_cache_argument(model: PreTrainedModel) -> bool:
     """Whether the forward names a cache among its arguments. Some swallow any in `**kwargs`, and ignore it."""
     return bool(forward_parameters(model) & set(CACHE_KEYWORDS))
+
+
+def causal_output(logits: torch.Tensor, cache: Cache) -> CausalLMOutputWithPast:
+    """What the forward of a decoder with a head gives: the cache stands in it under the name of the version."""
+    name = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+    return CausalLMOutputWithPast(logits=logits, **{name: cache})
 
 
 def forward_parameters(model: PreTrainedModel) -> frozenset[str]:

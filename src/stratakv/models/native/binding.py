@@ -46,7 +46,8 @@ class Binding:
         *,
         exact: bool,
     ) -> None:
-        _check(architecture, memory)
+        if reason := reason_against(architecture, memory):
+            raise ConfigurationError(reason)
         self._kernels = kernels
         self._architecture = architecture
         self._weights = weights
@@ -228,19 +229,17 @@ class Binding:
         self._decoder.set_room(*(self._room[name].data_ptr() for name in ("stream", "normed", "produced", "lse")))
 
 
-def _check(architecture: Architecture, memory: Memory) -> None:
+def reason_against(architecture: Architecture, memory: Memory) -> str | None:
+    """Why a model of this shape cannot be run over the memory, or None."""
     spec = memory.spec
     if list(spec.layers) != architecture.layer_specs():
-        raise ConfigurationError("the cache was made for a model of another shape")
+        return "the cache was made for a model of another shape"
     if spec.k_format not in FORMATS or spec.v_format not in FORMATS:
-        raise ConfigurationError(
-            f"the native runner reads {', '.join(FORMATS)}, not {spec.k_format} and {spec.v_format}"
-        )
+        return f"the native runner reads {', '.join(FORMATS)}, not {spec.k_format} and {spec.v_format}"
     if architecture.head_dim > MOST_PACKED_DIM and not set(FLOAT_FORMATS) >= {spec.k_format, spec.v_format}:
-        raise ConfigurationError(
-            f"rows of few bits have head dims of at most {MOST_PACKED_DIM}, this model's are {architecture.head_dim}"
-        )
+        return f"rows of few bits have head dims of at most {MOST_PACKED_DIM}, this model's are {architecture.head_dim}"
     if any(len(places) > 1 for places in spec.locations.values()):
-        raise ConfigurationError("the native runner reads caches whose layers keep the same rows for all heads")
+        return "the native runner reads caches whose layers keep the same rows for all heads"
     if memory.device.type != "cpu":
-        raise ConfigurationError(f"the native runner reads pages in RAM, not on {memory.device}")
+        return f"the native runner reads pages in RAM, not on {memory.device}"
+    return None

@@ -111,11 +111,7 @@ def _check_module(name: str, module: Any, expected: Any) -> None:
     kind = type(module)
     if kind is not type(expected):
         raise UnsupportedError(f"{name} is a {kind.__name__}, not a {type(expected).__name__}")
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    own_calls = {"_call_impl", "_compiled_call_impl"} & {
-        key for key, value in vars(module).items() if value is not None
-    }
-    if any(map(_foreign, hooks)) or own_calls or _is_patched(module):
+    if calls_more(module):
         raise UnsupportedError(f"{name} has a hook or another forward, which would not be called")
     for attribute, value in _facts(expected).items():
         if (found := vars(module).get(attribute)) != value:
@@ -185,6 +181,13 @@ def _foreign(function: Any) -> str | None:
             return written_in
         function = getattr(inner, "__wrapped__", None)
     return None
+
+
+def calls_more(module: Any) -> bool:
+    """Whether a module has a hook that is not transformers' own, or another forward than its class."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    own_calls = [name for name in ("_call_impl", "_compiled_call_impl") if vars(module).get(name) is not None]
+    return any(map(_foreign, hooks)) or bool(own_calls) or _is_patched(module)
 
 
 def _is_patched(module: Any) -> bool:

@@ -16,7 +16,7 @@ from stratakv.codecs.floats import FORMAT_OF_DTYPE
 from stratakv.errors import CapacityError, ConfigurationError
 from stratakv.extension import NUMBER_TYPES, load_kernels
 from stratakv.models.native.architecture import Architecture, architecture_of
-from stratakv.models.native.binding import Binding
+from stratakv.models.native.binding import Binding, reason_against
 from stratakv.models.native.inspection import check_logits
 from stratakv.models.native.rotation import Rotations
 from stratakv.models.native.weights import Weights
@@ -94,6 +94,11 @@ class NativeRunner:
             recent_format="fp16" if self.weights.dtype == torch.float16 else "bf16",
         )
         return SequenceBatch(Memory(spec, device=torch.device("cpu")), policy)
+
+    def refuses(self, batch: SequenceBatch) -> str | None:
+        """Why `forward` would not feed this batch, or None."""
+        is_known = batch.memory in self._bindings
+        return None if is_known else reason_against(self.architecture, batch.memory)
 
     @torch.inference_mode()
     def forward(

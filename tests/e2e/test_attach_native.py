@@ -1,0 +1,374 @@
+"""`attach(model, native=True)`: the native runner takes forwards that it can, and gives what the model would."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stratakv import KVCache, attach
+from stratakv.errors import CapacityError, StateError, UnsupportedError
+from stratakv.extension import is_built
+from stratakv.integrations.transformers.compat import cache_keyword
+from stratakv.models.native import NativeRunner
+from stratakv.policies import Window
+from stratakv.testing.running import assert_logits_equal, cache_argument, fed_logits, random_ids, uncached_logits
+from stratakv.testing.tiny import (
+    VOCABULARY,
+    tiny_gemma2,
+    tiny_gemma3,
+    tiny_llama,
+    tiny_mistral,
+    tiny_qwen2,
+    tiny_qwen3,
+    tiny_t5,
+)
+from stratakv.testing.ways import LAYOUTS, small_cache
+
+pytestmark = pytest.mark.skipif(not is_built(), reason="installed without the extension, on purpose or for want of g++")
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": tiny_llama,
+    "mistral": partial(tiny_mistral, window=9),
+    "qwen2": tiny_qwen2,
+    "qwen3": tiny_qwen3,
+    "gemma2": tiny_gemma2,
+    "gemma3": tiny_gemma3,
+}
+CHUNKS = [12, 1, 1, 1, 9]
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The tokens of each forward that a runner took since the last `native.clear()`."""
+    taken: list[int] = []
+    own = NativeRunner.forward
+
+    def forward(self: NativeRunner, batch: Any, tokens: Tensor, **options: Any) -> Tensor:
+        found = own(self, batch, tokens, **options)
+        taken.append(tokens.shape[1])
+        return found
+
+    monkeypatch.setattr(NativeRunner, "forward", forward)
+    yield taken
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_those_without_a_cache(name: str, native: list[int]) -> None:
+    model, ids = MODELS[name](), random_ids(2, 24)
+    expected = uncached_logits(model, ids)
+    attachment = attach(model, native=True)
+    native.clear()
+    assert attachment.is_native
+    assert_logits_equal(fed_logits(model, KVCache.for_model(model), ids, CHUNKS), expected)
+    assert native == CHUNKS
+    assert torch.equal(uncached_logits(model, ids), expected)
+    attachment.detach()
+    assert "forward" not in vars(model)
+    assert_logits_equal(fed_logits(model, KVCache.for_model(model), ids, CHUNKS), expected)
+    assert native == CHUNKS
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(layout: str, native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(2, 24)
+    attach(model, native=True)
+    native.clear()
+    expected = uncached_logits(model, ids)
+    assert_logits_equal(fed_logits(model, small_cache(model, layout), ids, CHUNKS), expected)
+    assert native == CHUNKS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_come_in_the_dtype_of_the_model(dtype: torch.dtype, native: list[int]) -> None:
+    model, ids = tiny_llama().to(dtype), random_ids(1, 24)
+    attach(model)
+    expected = fed_logits(model, KVCache.for_model(model), ids, CHUNKS)
+    attach(model, native=True)
+    native.clear()
+    found = fed_logits(model, KVCache.for_model(model), ids, CHUNKS)
+    assert native == CHUNKS
+    assert found.dtype == dtype
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found / scale, expected / scale, atol=16 * torch.finfo(dtype).eps, rtol=0)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_formats_of_few_bits(format: str, native: list[int]) -> None:
+    model, ids, chunks = tiny_llama(), random_ids(1, 150), [100, *[1] * 50]
+    attach(model)
+    expected = fed_logits(model, KVCache.for_model(model, format=format), ids, chunks)
+    attach(model, native=True)
+    native.clear()
+    found = fed_logits(model, KVCache.for_model(model, format=format), ids, chunks)
+    assert native == chunks
+    torch.testing.assert_close(found, expected, atol=5e-3, rtol=5e-3)
+
+
+GENERATE: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "top_k": 8},
+    "beams": {"num_beams": 3},
+    "sampled beams": {"num_beams": 2, "do_sample": True},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("name", GENERATE)
+@pytest.mark.parametrize("model_name", ["llama", "gemma3"])
+def test_generate_gives_the_same_tokens(name: str, model_name: str, native: list[int]) -> None:
+    model, ids = MODELS[model_name](), random_ids(1, 10)
+    found = []
+    for is_native in (False, True):
+        attach(model, native=is_native)
+        native.clear()
+        torch.manual_seed(0)
+        found.append(
+            model.generate(ids, **cache_argument(model, KVCache.for_model(model)), max_new_tokens=12, **GENERATE[name])
+        )
+        assert bool(native) == is_native
+    assert torch.equal(*found)
+
+
+def test_the_cache_goes_back_and_forks_and_is_saved_as_after_any_forward(tmp_path: Path, native: list[int]) -> None:
+    model, ids, other = tiny_llama(), random_ids(2, 24), random_ids(2, 6, seed=1)
+    attach(model, native=True)
+    cache = small_cache(model)
+    fed_logits(model, cache, ids, CHUNKS)
+    mark, fork = cache.checkpoint(), cache.fork()
+    cache.save(tmp_path / "cache")
+    expected = uncached_logits(model, torch.cat([ids, other], 1))[:, 24:]
+    for each in (cache, fork, KVCache.load(tmp_path / "cache", model)):
+        native.clear()
+        assert_logits_equal(fed_logits(model, each, other, [5, 1]), expected)
+        assert native == [5, 1]
+    cache.rollback(mark)
+    assert_logits_equal(fed_logits(model, cache, other), expected)
+    cache.truncate(8)
+    again = torch.cat([ids[:, :8], other], 1)
+    assert_logits_equal(fed_logits(model, cache, other), uncached_logits(model, again)[:, 8:])
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert_logits_equal(
+        fed_logits(model, cache, ids[:, :3]), uncached_logits(model, torch.cat([again.flip(0), ids[:, :3]], 1))[:, 14:]
+    )
+
+
+def test_a_policy(native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(1, 40)
+    attach(model)
+    expected = fed_logits(model, KVCache.for_model(model, policy=Window(8, sinks=2)), ids, [20, *[1] * 20])
+    attach(model, native=True)
+    native.clear()
+    found = fed_logits(model, KVCache.for_model(model, policy=Window(8, sinks=2)), ids, [20, *[1] * 20])
+    assert_logits_equal(found, expected)
+    assert len(native) == 21
+
+
+def test_no_room_leaves_the_cache_as_it_was(native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(1, 24)
+    attach(model, native=True)
+    native.clear()
+    cache = small_cache(model, "contiguous", capacity=20)
+    fed_logits(model, cache, ids[:, :18])
+    with pytest.raises(CapacityError):
+        fed_logits(model, cache, ids[:, 18:])
+    assert cache.seen_tokens == 18
+    assert_logits_equal(fed_logits(model, cache, ids[:, 18:20]), uncached_logits(model, ids[:, :20])[:, 18:])
+    assert native == [18, 2]
+
+
+def keyword(model: Any, cache: Any) -> dict[str, Any]:
+    return {cache_keyword(model): cache, "use_cache": True}
+
+
+OTHERS: dict[str, Callable[[Any, Tensor], dict[str, Any]]] = {
+    "embeddings": lambda model, ids: {"inputs_embeds": model.get_input_embeddings()(ids)},
+    "hidden states": lambda model, ids: {"input_ids": ids, "output_hidden_states": True},
+    "labels": lambda model, ids: {"input_ids": ids, "labels": ids},
+    "padding": lambda model, ids: {
+        "input_ids": ids,
+        "attention_mask": torch.ones(2, 12).index_fill_(1, torch.tensor([0]), 0),
+    },
+    "a mask of four axes": lambda model, ids: {"input_ids": ids, "attention_mask": torch.zeros(2, 1, 12, 12)},
+    "other positions": lambda model, ids: {"input_ids": ids, "position_ids": torch.arange(3, 15)[None]},
+    "chosen logits": lambda model, ids: {"input_ids": ids, "logits_to_keep": torch.tensor([1, 4])},
+    "a tuple": lambda model, ids: {"input_ids": ids, "return_dict": False},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_the_runner_does_not_compute_is_the_models_own(name: str, native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(2, 12)
+    inputs = OTHERS[name](model, ids)
+    found = []
+    for is_native in (False, True):
+        attach(model, native=is_native)
+        native.clear()
+        with torch.no_grad():
+            output = model(**inputs, **keyword(model, KVCache.for_model(model)))
+        found.append(output)
+        assert not native
+    logits = [output[0] if isinstance(output, tuple) else output.logits for output in found]
+    assert torch.equal(*logits)
+    assert found[0].keys() == found[1].keys() if hasattr(found[0], "keys") else len(found[0]) == len(found[1])
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5, 40])
+@pytest.mark.parametrize("is_positional", [False, True])
+def test_plain_calls_are_the_runners(kept: int, is_positional: bool, native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(2, 12)
+    expected = uncached_logits(model, ids)[:, -kept:]
+    attach(model, native=True)
+    native.clear()
+    cache = KVCache.for_model(model)
+    inputs: dict[str, Any] = {"attention_mask": torch.ones(2, 12, dtype=torch.int64), "logits_to_keep": kept}
+    with torch.no_grad():
+        if is_positional:
+            output = model(ids, inputs["attention_mask"], torch.arange(12)[None], cache, logits_to_keep=kept)
+        else:
+            output = model(input_ids=ids, **inputs, **keyword(model, cache))
+    assert native == [12]
+    assert_logits_equal(output.logits, expected)
+    assert output[cache_keyword(model)] is cache
+    assert output.logits.is_inference() is False
+
+
+def test_gradients_autocast_and_training_are_the_models_own(native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(1, 12)
+    attach(model, native=True)
+    native.clear()
+    logits = model.requires_grad_(True)(input_ids=ids, **keyword(model, KVCache.for_model(model))).logits
+    with pytest.raises(UnsupportedError, match="gradient"):  # rather than a gradient that is not there
+        logits.sum().backward()
+    inputs = keyword(model, KVCache.for_model(model, format="bf16"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(input_ids=ids, **inputs).logits.dtype == torch.bfloat16
+    model.train()
+    fed_logits(model, KVCache.for_model(model), ids)
+    assert not native
+    model.eval()
+    fed_logits(model, KVCache.for_model(model), ids)
+    assert native == [12]
+
+
+def test_both_ways_take_turns_over_one_cache(native: list[int]) -> None:
+    model, ids = tiny_mistral(window=9), random_ids(2, 40)
+    expected = uncached_logits(model, ids)
+    attach(model, native=True)
+    native.clear()
+    cache, at, pieces = small_cache(model), 0, []
+    for i, n in enumerate([7, 1, 1, 13, 1, 5, 1, 11]):
+        more: dict[str, Any] = {"output_hidden_states": True} if i % 2 else {}
+        pieces.append(fed_logits(model, cache, ids[:, at : at + n], **more))
+        at += n
+    assert_logits_equal(torch.cat(pieces, 1), expected)
+    assert native == [7, 1, 1, 1]
+
+
+def lowered(model: Any) -> None:
+    model.half().float()
+
+
+def by_data(model: Any) -> None:
+    model.model.layers[1].mlp.down_proj.weight.data *= 1.5
+
+
+def in_place(model: Any) -> None:
+    with torch.no_grad():
+        model.model.norm.weight[3] = 2.0
+
+
+def another(model: Any) -> None:
+    with torch.no_grad():
+        model.lm_head = torch.nn.Linear(model.lm_head.in_features, VOCABULARY, bias=False)
+
+
+def loaded(model: Any) -> None:
+    model.load_state_dict(tiny_llama(seed=5).state_dict())
+
+
+def hooked(model: Any) -> None:
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: output * 1.25)
+
+
+def patched(model: Any) -> None:
+    layer = model.model.layers[0].mlp
+    layer.forward = lambda x: type(layer).forward(layer, x) * 2
+
+
+@pytest.mark.parametrize("change", [lowered, by_data, in_place, another, loaded, hooked, patched])
+def test_a_changed_model_runs_in_torch_and_says_so(change: Callable[[Any], None], native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(1, 24)
+    attachment = attach(model, native=True)
+    cache = KVCache.for_model(model)
+    before = fed_logits(model, cache, ids)
+    change(model)
+    native.clear()
+    cache.reset()
+    with pytest.warns(RuntimeWarning, match="changed since"):
+        found = fed_logits(model, cache, ids, [12, 12])
+    assert not native
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        assert torch.equal(found, fed_logits(model, KVCache.for_model(model), ids, [12, 12]))
+    expected = uncached_logits(model, ids)
+    assert not torch.equal(expected, before)
+    assert_logits_equal(found, expected)
+    if change not in (hooked, patched, another):  # which the runner refuses
+        attachment.detach()
+        attach(model, native=True)
+        assert_logits_equal(fed_logits(model, KVCache.for_model(model), ids), expected)
+        assert native[-1] == 24
+
+
+def unpickled(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
+def test_a_copy_of_the_model_runs_its_own_weights(copied: Callable[[Any], Any], native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(1, 24)
+    attach(model, native=True)
+    twin = copied(model)
+    by_data(twin)
+    native.clear()
+    found = fed_logits(twin, KVCache.for_model(twin), ids)
+    assert not native
+    assert_logits_equal(found, uncached_logits(twin, ids))
+    fed_logits(model, KVCache.for_model(model), ids)
+    assert native == [24]
+
+
+def test_a_model_of_another_kind_is_left_as_it_was() -> None:
+    model = tiny_t5()
+    with pytest.raises(UnsupportedError):
+        attach(model, native=True)
+    assert model.config._attn_implementation != "stratakv"
+    assert "forward" not in vars(model)
+    attach(model)
+    with pytest.raises(UnsupportedError):
+        attach(model, native=True)
+    assert model.config._attn_implementation == "stratakv"
+
+
+def test_a_forward_that_stopped_is_to_be_taken_back_first() -> None:
+    model, ids = tiny_llama(), random_ids(1, 12)
+    attach(model, native=True)
+    cache = KVCache.for_model(model)
+    fed_logits(model, cache, ids)
+    cache.update(*(torch.zeros(1, model.config.num_key_value_heads, 1, model.config.head_dim) for _ in range(2)), 0)
+    with pytest.raises(StateError, match="truncate"):
+        fed_logits(model, cache, ids)
+    cache.truncate(12)
+    assert_logits_equal(fed_logits(model, cache, ids), uncached_logits(model, torch.cat([ids, ids], 1))[:, 12:])
