@@ -213,6 +213,20 @@ def test_bytes_go_down_after_a_long_prompt_left_the_window(policy: Window) -> No
     assert cache.nbytes < after_prompt / 2
 
 
+@pytest.mark.parametrize(
+    "options", [{"policy": Window(8)}, *({"format": name, "block_tokens": 64} for name in ("int8", "int4", "int2"))]
+)
+def test_bytes_go_down_with_the_second_token_after_a_long_prompt(options: dict[str, Any]) -> None:
+    """Rows that left with the first one, of a window or of those held in 16 bits as well, hold no memory then."""
+    model = model_for("attached", tiny_llama)
+    at_once, in_parts = small_cache(model, **options), small_cache(model, **options)
+    prompt, more = random_ids(1, 1024, seed=57), random_ids(1, 2, seed=58)
+    for cache, chunks in ((at_once, [1024]), (in_parts, [64] * 16)):
+        fed_logits(model, cache, prompt, chunks)
+        fed_logits(model, cache, more, [1, 1])
+    assert at_once.nbytes <= 1.1 * in_parts.nbytes
+
+
 @pytest.mark.parametrize("runs", [((0, 8),), ((0, 4), (96, 4)), ((3, 2), (50, 1), (97, 3))])
 def test_bytes_go_down_with_a_compaction(runs: tuple[tuple[int, int], ...]) -> None:
     model = model_for("attached", tiny_llama)

@@ -57,6 +57,7 @@ class Memory:
         # Tables of sequences that were garbage collected. Collection can strike anywhere, in the middle of a pool's
         # bookkeeping too, so their blocks are released at the next safe point.
         self._orphans: deque[tuple[GroupTable, ...]] = deque()
+        self._left_free = False  # whether rows left since slabs were last given back
 
     @property
     def budget(self) -> Budget:
@@ -117,13 +118,14 @@ class Memory:
             ConfigurationError: a change names positions that are not stored.
             CapacityError: over the capacity or over `max_bytes`, or the system has no more memory.
         """
-        if changes:
+        if changes or self._left_free:
             self.settle()  # first, what can fail: slabs that earlier steps left free go back
         self.settle_orphans()
         spec = self._fitting_spec(self._check_capacity(sequences, n_tokens))
         advance = plan_advance(self.ledger, spec.groups, sequences, n_tokens, changes)
         self._reserve(advance.n_free, spec)
         self._compact(advance)  # whose blocks serve the rows to come, so that a full cache can go on
+        self._left_free = bool(changes)
         self._grow(advance, n_tokens)
 
     def compact(self, changes: Seq[Change]) -> None:
@@ -172,6 +174,7 @@ class Memory:
 
     def settle(self) -> None:
         """Release what was garbage collected, and give back the slabs that are not needed."""
+        self._left_free = False
         held = [*self._live, *self._cached]  # none of these can become an orphan from here on
         self.settle_orphans()
         for g, (pool, arena) in enumerate(zip(self.ledger.pools, self.arenas, strict=True)):
