@@ -1,4 +1,4 @@
-// Attention of many queries over many rows of bf16 pages by AMX.
+// Attention of many queries over many rows by AMX: of bf16 pages as they lie, of others that are split into bf16 parts.
 //
 // As in attention/prefill.inl, but for how a tile of rows is taken. Scores come out with rows down and queries across
 // (keys as they lie, times packed queries), so that a register holds one row's scores of 16 queries: maxima, sums and
@@ -11,9 +11,11 @@
 #include "amx/exponential.h"
 #include "amx/product.inl"
 #include "attention/arguments.h"
+#include "attention/formats.inl"
 #include "attention/reading.inl"
 #include "attention/sight.inl"
 #include "attention/state.inl"
+#include "attention/unpack.inl"
 #include "isa/exponential.h"
 #include "isa/small.h"
 
@@ -31,15 +33,18 @@ inline Vec weight_of(Vec x, Vec base) {
   return exponential_2<kOf == 1>(((x - base) * Vec::all(kLog2E)).v);
 }
 
-// Whether a call has neither masks nor slopes, which differ between queries and rows: the kernel of plain registers has them.
+// Whether a call has neither masks nor slopes, which differ between queries and rows, nor fp32 rows, which have more bits
+// than two parts: the kernel of plain registers has all that.
 inline bool is_for_tiles(const AttentionArguments& a) {
-  return a.pages.k_type == NumberType::kBFloat && a.pages.v_type == NumberType::kBFloat && a.mask.kind == MaskKind::kNone &&
+  return a.pages.k_type != NumberType::kFloat && a.pages.v_type != NumberType::kFloat && a.mask.kind == MaskKind::kNone &&
          a.rules.slopes == nullptr;
 }
 
-// A call, seen from one thread. Queries and weights are split into kOf parts.
-template <int kOf>
+// A call, seen from one thread. Queries and weights are split into kOf parts, and rows of other formats than bf16.
+template <int kOf, bool kUnpacks>
 class TiledPrefilling {
+  static constexpr int kRowParts = kUnpacks ? kOf : 1;
+
  public:
   TiledPrefilling(const AttentionArguments& a, int tokens, float* memory) : a_(a), sizes_(a, tokens) {
     float* next = memory;
@@ -56,6 +61,8 @@ class TiledPrefilling {
     sums_ = take(sizes_.sums);
     top_ = take(sizes_.m);
     sum_ = take(sizes_.m);
+    unpacked_ = take(sizes_.unpacked);
+    split_values_ = reinterpret_cast<BFloat*>(take(sizes_.split_values));
   }
 
   static constexpr int kUnit = kTiledUnitQueries;
@@ -63,7 +70,7 @@ class TiledPrefilling {
 
   static std::ptrdiff_t floats(const AttentionArguments& a, int tokens) {
     const Sizes s(a, tokens);
-    return s.queries + s.scores + s.weights + s.keys + s.values + s.sums + 2 * s.m;
+    return s.queries + s.scores + s.weights + s.keys + s.values + s.sums + 2 * s.m + s.unpacked + s.split_values;
   }
 
   void begin(int sequence, int head, int from, int to) {
@@ -75,7 +82,10 @@ class TiledPrefilling {
     const std::ptrdiff_t stride = padded(a_.pages.k_dim);
     for (int p = 0; p < 2 * n_pairs_; ++p) {
       const int n = between(m_ - p * kTile, 0, kTile);
-      for (int i = 0; i < n; ++i) load_query(a_, sequence, query(p * kTile + i), scores_ + i * stride);
+      for (int i = 0; i < n; ++i) {
+        load_query(a_, sequence, query(p * kTile + i), scores_ + i * stride);
+        if constexpr (kUnpacks) with_keys(a_.pages.k_type, [&](auto format) { turn<decltype(format)>(scores_ + i * stride, a_.pages.k_dim); });
+      }
       pack_panel<kOf>(scores_, stride, n, a_.pages.k_dim, queries_ + p * sizes_.query_panel);
     }
     fill(top_, std::ptrdiff_t{n_pairs_} * kTiledPair, kMinusInfinity);
@@ -110,14 +120,17 @@ class TiledPrefilling {
       }
       for (int i = 0; i < smaller(kTile, m_ - p * kTile); ++i) {
         const int m = p * kTile + i;
-        STRATAKV_ISA::finish(a_, sequence_, query(m), top_[m], sum_[m], scores_ + i * sizes_.v_width);
+        float* const values = scores_ + i * sizes_.v_width;
+        if constexpr (kUnpacks) with_values(a_.pages.v_type, [&](auto format) { turn<decltype(format)>(values, a_.pages.v_dim); });
+        STRATAKV_ISA::finish(a_, sequence_, query(m), top_[m], sum_[m], values);
       }
     }
   }
 
  private:
   struct Sizes {
-    std::ptrdiff_t m, query_panel, weight_panel, sum_panel, k_width, v_width, queries, scores, weights, keys, values, sums;
+    std::ptrdiff_t m, query_panel, weight_panel, sum_panel, k_width, v_width, queries, scores, weights, keys, values, sums, unpacked,
+        split_values;
 
     Sizes(const AttentionArguments& a, int tokens)
         : m((std::ptrdiff_t{tokens} * a.group + kTiledPair - 1) / kTiledPair * kTiledPair),
@@ -129,9 +142,11 @@ class TiledPrefilling {
           queries(m / kTile * query_panel / 2),
           scores(larger(std::ptrdiff_t{kTiledPair} * kTiledTileRows, kTile * larger(padded(a.pages.k_dim), v_width))),
           weights(weight_panel),
-          keys(kTiledTileRows * k_width / 2),
-          values(v_width * kTiledTileRows / 2),
-          sums(m / kTile * sum_panel) {}
+          keys(kRowParts * kTiledTileRows * k_width / 2),
+          values(kRowParts * v_width * kTiledTileRows / 2),
+          sums(m / kTile * sum_panel),
+          unpacked(kUnpacks ? kTiledTileRows * larger(k_width, v_width) : 0),
+          split_values(kUnpacks ? kRowParts * kTiledTileRows * v_width / 2 : 0) {}
   };
 
   // The query heads of a token follow one another, so that the queries of a panel see much the same.
@@ -144,22 +159,55 @@ class TiledPrefilling {
     return {first.from / kTiledPair * kTiledPair, last.to};
   }
 
-  // Keys [row, width] and values [number, row], up to whole tiles: what lies behind the last row is zero.
+  // Keys [part, row, width] and values [part, number, row], up to whole tiles: what lies behind the last row is zero.
   void pack(int row, int n) {
     const int whole = (n + kTiledPair - 1) / kTiledPair * kTiledPair;
     const BFloat* values[kTiledTileRows];
     for (int r = 0; r < n;) {
-      const char* bytes = block_bytes(a_.pages, sequence_, (row + r) / a_.pages.block_tokens);
-      const BFloat* block_keys = keys_in<BFloat>(a_.pages, bytes, head_);
-      const BFloat* block_values = values_in<BFloat>(a_.pages, bytes, head_);
-      for (int at = (row + r) % a_.pages.block_tokens; at < a_.pages.block_tokens && r < n; ++at, ++r) {
-        copy_row(block_keys + std::ptrdiff_t{at} * a_.pages.k_dim, a_.pages.k_dim, keys_ + r * sizes_.k_width, sizes_.k_width);
-        values[r] = block_values + std::ptrdiff_t{at} * a_.pages.v_dim;
+      const int block = (row + r) / a_.pages.block_tokens, at = (row + r) % a_.pages.block_tokens;
+      const int count = smaller(a_.pages.block_tokens - at, n - r);
+      const char* const bytes = block_bytes(a_.pages, sequence_, block);
+      if constexpr (kUnpacks) {
+        with_keys(a_.pages.k_type, [&](auto format) {
+          unpack(key_rows_in<decltype(format)>(a_.pages, bytes + keys_at(a_.pages, head_), at), count, a_.pages.k_dim, unpacked_, sizes_.k_width);
+        });
+        split_rows(count, a_.pages.k_dim, sizes_.k_width, keys_ + r * sizes_.k_width);
+        with_values(a_.pages.v_type, [&](auto format) {
+          unpack(value_rows_in<decltype(format)>(a_.pages, bytes + values_at(a_.pages, head_), at), count, a_.pages.v_dim, unpacked_, sizes_.v_width);
+        });
+        split_rows(count, a_.pages.v_dim, sizes_.v_width, split_values_ + r * sizes_.v_width);
+      } else {
+        const BFloat* const own_keys = keys_in<BFloat>(a_.pages, bytes, head_) + std::ptrdiff_t{at} * a_.pages.k_dim;
+        for (int i = 0; i < count; ++i) {
+          copy_row(own_keys + std::ptrdiff_t{i} * a_.pages.k_dim, a_.pages.k_dim, keys_ + (r + i) * sizes_.k_width, sizes_.k_width);
+          values[r + i] = values_in<BFloat>(a_.pages, bytes, head_) + std::ptrdiff_t{at + i} * a_.pages.v_dim;
+        }
+      }
+      r += count;
+    }
+    for (int part = 0; part < kRowParts; ++part) {
+      fill(reinterpret_cast<float*>(key_rows(part, n)), (whole - n) * sizes_.k_width / 2, 0.0f);
+      for (int r = 0; r < n && kUnpacks; ++r) values[r] = split_values_ + (std::ptrdiff_t{part} * kTiledTileRows + r) * sizes_.v_width;
+      for (int r = 0; r < whole; r += kDeep) {
+        for (int d = 0; d < sizes_.v_width; d += kTile) turn_values(values + r, n - r, r, d, value_rows(part, d));
       }
     }
-    fill(reinterpret_cast<float*>(keys_ + n * sizes_.k_width), (whole - n) * sizes_.k_width / 2, 0.0f);
-    for (int r = 0; r < whole; r += kDeep) {
-      for (int d = 0; d < sizes_.v_width; d += kTile) turn_values(values + r, n - r, r, d);
+  }
+
+  BFloat* key_rows(int part, int row) const { return keys_ + (std::ptrdiff_t{part} * kTiledTileRows + row) * sizes_.k_width; }
+  BFloat* value_rows(int part, std::ptrdiff_t number) const { return values_ + (part * sizes_.v_width + number) * kTiledTileRows; }
+
+  // Rows that were unpacked, in parts, zeros behind the last number.
+  void split_rows(int n, int dim, std::ptrdiff_t width, BFloat* to) const {
+    for (std::ptrdiff_t r = 0; r < n; ++r) {
+      for (int d = 0; d < width; d += kDeep) {
+        const float* const from = unpacked_ + r * width + d;
+        const int some = dim - d;
+        const Vec second = some > Vec::kWidth ? load_up_to(from + Vec::kWidth, some - Vec::kWidth) : Vec::zero();
+        const Split parts = split(some > 0 ? load_up_to(from, some).v : Vec::zero().v, second.v);
+        _mm512_storeu_si512(to + r * width + d, parts.high);
+        if constexpr (kRowParts > 1) _mm512_storeu_si512(to + (kTiledTileRows + r) * width + d, parts.low);
+      }
     }
   }
 
@@ -174,7 +222,7 @@ class TiledPrefilling {
   }
 
   // 16 numbers from d on of 32 rows from `row` on, of which `n` are there, become 16 rows of 32.
-  void turn_values(const BFloat* const* rows, int n, int row, int d) {
+  void turn_values(const BFloat* const* rows, int n, int row, int d, BFloat* to) const {
     const int dims = a_.pages.v_dim - d;
     Vec pairs[kTile];
     STRATAKV_UNROLL
@@ -185,7 +233,7 @@ class TiledPrefilling {
     }
     Vec::transpose(pairs);
     STRATAKV_UNROLL
-    for (int i = 0; i < kTile; ++i) _mm512_storeu_ps(values_ + std::ptrdiff_t{d + i} * kTiledTileRows + row, pairs[i].v);
+    for (int i = 0; i < kTile; ++i) _mm512_storeu_ps(to + std::ptrdiff_t{i} * kTiledTileRows + row, pairs[i].v);
   }
 
   static __m256i half_numbers(const BFloat* const* rows, int r, int n, int d, int dims) {
@@ -200,8 +248,10 @@ class TiledPrefilling {
     for (int r = span.from; r < span.to; r += kTiledPair) {
       float* const to = scores_ + std::ptrdiff_t{r} * kTile;
       float* const other = to + std::ptrdiff_t{kTiledTileRows} * kTile;
-      multiply<kOf>({keys_ + r * sizes_.k_width, sizes_.k_width}, queries, queries + sizes_.query_panel, sizes_.k_width / kDeep, false,
-               {to, to + kTileSums}, {other, other + kTileSums});
+      for (int part = 0; part < kRowParts; ++part) {
+        multiply<kOf>({key_rows(part, r), sizes_.k_width}, queries, queries + sizes_.query_panel, sizes_.k_width / kDeep, part > 0,
+                      {to, to + kTileSums}, {other, other + kTileSums});
+      }
     }
   }
 
@@ -292,16 +342,18 @@ class TiledPrefilling {
     for (std::ptrdiff_t d = 0; d < sizes_.v_width; d += kTiledPair) {
       float* const to = sums_ + std::ptrdiff_t{pair} * 2 * sizes_.sum_panel + d * kTile;
       float* const other = to + sizes_.sum_panel;
-      multiply<kOf>({values_ + d * kTiledTileRows + span.from, kTiledTileRows}, weights, weights + sizes_.weight_panel, n_steps, true,
-               {to, to + kTileSums}, {other, other + kTileSums});
+      for (int part = 0; part < kRowParts; ++part) {
+        multiply<kOf>({value_rows(part, d) + span.from, kTiledTileRows}, weights, weights + sizes_.weight_panel, n_steps, true,
+                      {to, to + kTileSums}, {other, other + kTileSums});
+      }
     }
   }
 
   const AttentionArguments& a_;
   const Tiles tiles_;  // of the thread
   Sizes sizes_;
-  BFloat *queries_, *weights_, *keys_, *values_;
-  float *scores_, *sums_, *top_, *sum_;
+  BFloat *queries_, *weights_, *keys_, *values_, *split_values_;
+  float *scores_, *sums_, *top_, *sum_, *unpacked_;
   int sequence_ = 0, head_ = 0, from_ = 0, m_ = 0, n_pairs_ = 0;
 };
 

@@ -74,7 +74,7 @@ struct AttentionArguments {
   std::int32_t group;                   // query heads for each KV head
   std::int32_t n_new;
   std::int32_t n_threads;
-  bool rounds;                          // queries and weights of rows to bf16, where that is what the processor multiplies
+  bool rounds;                          // queries, weights of rows and rows to bf16, where that is what the processor multiplies
   std::int64_t prompt_queries;          // from so many for each KV head on the kernel for prompts is taken
   float* scratch;                       // as many floats as the kernel asks for
   const AttentionArguments* before;     // the same call over other rows, which are attended to as well; or null

@@ -151,14 +151,6 @@ class Prefilling {
   }
 
  private:
-  // Queries meet rotated keys rotated, and what rotated values add up to is rotated back.
-  template <typename F>
-  static void turn([[maybe_unused]] float* row, [[maybe_unused]] int dim) {
-    if constexpr (IsPacked<F>) {
-      if constexpr (F::kRotates) rotate(row, dim);
-    }
-  }
-
   // The query heads of a token follow one another, so that the queries of a panel see much the same.
   Query query(int m) const { return {from_ + m / a_.group, std::ptrdiff_t{head_} * a_.group + m % a_.group}; }
 
@@ -272,9 +264,19 @@ void prefill_keys(const AttentionArguments& a) {
 
 inline bool unpacks(const AttentionArguments& a) { return !is_plain(a.pages.k_type) || !is_plain(a.pages.v_type); }
 
+#ifdef STRATAKV_AMX
+// What `function` gives for the kernel of a call that is for tiles.
+template <typename Function>
+auto with_tiles(const AttentionArguments& a, const Function& function) {
+  const bool is_bfloat = a.pages.k_type == NumberType::kBFloat && a.pages.v_type == NumberType::kBFloat;
+  if (a.rounds) return is_bfloat ? function(std::type_identity<TiledPrefilling<1, false>>()) : function(std::type_identity<TiledPrefilling<1, true>>());
+  return is_bfloat ? function(std::type_identity<TiledPrefilling<kParts, false>>()) : function(std::type_identity<TiledPrefilling<kParts, true>>());
+}
+#endif
+
 inline void prefill(const AttentionArguments& a) {
 #ifdef STRATAKV_AMX
-  if (is_for_tiles(a)) return a.rounds ? prefill_units<TiledPrefilling<1>>(a) : prefill_units<TiledPrefilling<kParts>>(a);
+  if (is_for_tiles(a)) return with_tiles(a, [&](auto kernel) { prefill_units<typename decltype(kernel)::type>(a); });
 #endif
   if (unpacks(a)) return prefill_units<Prefilling<Any, Any>>(a);
   switch (a.pages.k_type) {
@@ -291,7 +293,7 @@ std::ptrdiff_t unit_floats(const AttentionArguments& a) {
 
 inline std::ptrdiff_t prefill_floats(const AttentionArguments& a) {
 #ifdef STRATAKV_AMX
-  if (is_for_tiles(a)) return a.rounds ? unit_floats<TiledPrefilling<1>>(a) : unit_floats<TiledPrefilling<kParts>>(a);
+  if (is_for_tiles(a)) return with_tiles(a, [&](auto kernel) { return unit_floats<typename decltype(kernel)::type>(a); });
 #endif
   return unpacks(a) ? unit_floats<Prefilling<Any, Any>>(a) : unit_floats<Prefilling<float, float>>(a);
 }

@@ -5,10 +5,19 @@
 
 #include "attention/arguments.h"
 #include "attention/packed.inl"
+#include "attention/rotation.inl"
 #include "isa/partial.h"
 #include "isa/small.h"
 
 namespace stratakv::STRATAKV_ISA {
+
+// Queries meet rotated keys rotated, and what rotated values add up to is rotated back.
+template <typename F>
+inline void turn([[maybe_unused]] float* row, [[maybe_unused]] int dim) {
+  if constexpr (IsPacked<F>) {
+    if constexpr (F::kRotates) rotate(row, dim);
+  }
+}
 
 // The codes, as numbers, that stand in one byte of each word.
 template <IsPacked F>

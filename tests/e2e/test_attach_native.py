@@ -138,6 +138,28 @@ def test_generate_gives_the_same_tokens(name: str, model_name: str, native: list
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("is_native", [False, True])
+def test_a_prompt_in_parts_takes_no_16_bits_a_number(is_native: bool) -> None:
+    model, ids = tiny_llama(), random_ids(1, 2048)
+    attach(model, native=is_native)
+    peaks = []
+    held: list[int]
+    for size in (None, 128):
+        cache, held = KVCache.for_model(model, format="int4"), []
+        own = cache.batch.begin
+
+        def noted(*sizes: int, own: Any = own, held: list[int] = held, cache: Any = cache) -> None:
+            own(*sizes)
+            held.append(cache.nbytes)
+
+        cache.batch.begin = noted
+        model.generate(ids, **cache_argument(model, cache), max_new_tokens=3, prefill_chunk_size=size)
+        peaks.append(max(held))
+    exact = KVCache.for_model(model, format="bf16")
+    fed_logits(model, exact, ids)
+    assert peaks[1] < 0.6 * exact.nbytes < exact.nbytes < peaks[0]
+
+
 def test_the_cache_goes_back_and_forks_and_is_saved_as_after_any_forward(tmp_path: Path, native: list[int]) -> None:
     model, ids, other = tiny_llama(), random_ids(2, 24), random_ids(2, 6, seed=1)
     attach(model, native=True)
