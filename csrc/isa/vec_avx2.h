@@ -95,6 +95,12 @@ struct Vec {
     }
   }
 
+  // The numbers of these places.
+  template <int... kPlaces>
+  Vec shuffled() const {
+    return {__builtin_shufflevector(v, v, kPlaces...)};
+  }
+
   // Whole numbers of at most 127.
   void store_bytes(std::int8_t* p) const {
     const __m256i whole = _mm256_cvtps_epi32(v);

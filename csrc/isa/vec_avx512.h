@@ -64,6 +64,12 @@ struct Vec {
     }
   }
 
+  // The numbers of these places.
+  template <int... kPlaces>
+  Vec shuffled() const {
+    return {__builtin_shufflevector(v, v, kPlaces...)};
+  }
+
   // Whole numbers of at most 127.
   void store_bytes(std::int8_t* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));

@@ -113,6 +113,11 @@ struct Vec {
     }
   }
 
+  template <int... kPlaces>
+  Vec shuffled() const {
+    return {{v[kPlaces]...}};
+  }
+
   // Whole numbers of at most 127.
   void store_bytes(std::int8_t* p) const {
     for (int i = 0; i < kWidth; ++i) p[i] = static_cast<std::int8_t>(v[i] == v[i] ? v[i] : 0.0f);

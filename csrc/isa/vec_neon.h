@@ -64,6 +64,12 @@ struct Vec {
     x[3].v = vcombine_f32(vget_high_f32(upper.val[1]), vget_high_f32(lower.val[1]));
   }
 
+  // The numbers of these places.
+  template <int... kPlaces>
+  Vec shuffled() const {
+    return {__builtin_shufflevector(v, v, kPlaces...)};
+  }
+
   // Whole numbers of at most 127.
   void store_bytes(std::int8_t* p) const {
     const int16x4_t words = vmovn_s32(vcvtnq_s32_f32(v));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,13 +72,13 @@ class CpuBackend(AttentionBackend):
         table, kind = _added(options)
         for part in view.parts:
             if is_whole:
-                call = self._new_call(query, part, view, options, options.sinks, (table, kind))
+                call = self._new_call(part, _Asked(query, view, options, options.sinks, table, kind))
                 call.run(part, query, out, lse)
                 continue
             heads = query_heads(part, query.shape[1] // view.n_kv_heads)
             sinks = None if options.sinks is None else options.sinks[heads]
             own = table if table is None or table.shape[1] == 1 else table[:, heads]
-            call = self._new_call(query, part, view, options, sinks, (own, kind))
+            call = self._new_call(part, _Asked(query, view, options, sinks, own, kind))
             own_out, own_lse = torch.empty_like(out[:, heads]), torch.empty_like(lse[:, heads])
             call.run(part, query[:, heads], own_out, own_lse)
             out[:, heads], lse[:, heads] = own_out, own_lse
@@ -104,43 +105,26 @@ class CpuBackend(AttentionBackend):
         last = self._last  # which nobody changes, so that threads may share it
         if last is None or last[0] is not part.plan or last[1] != facts:
             self._check(query, view, options)
-            last = self._last = part.plan, facts, self._new_call(query, part, view, options, None, (None, 0))
+            last = self._last = part.plan, facts, self._new_call(part, _Asked(query, view, options))
         return last[2]
 
-    def _new_call(
-        self,
-        query: Tensor,
-        part: KVPart,
-        view: KVView,
-        options: AttentionOptions,
-        sinks: Tensor | None,
-        mask: tuple[Tensor | None, int],
-    ) -> _Call:
+    def _new_call(self, part: KVPart, asked: _Asked) -> _Call:
         """A call, but for where its numbers lie: over all rows of a part, recent ones included."""
         strands = [
-            self._new_strand(query, each, view, options, sinks, mask)
-            for each in (part, part.recent)
-            if each is not None and each.plan.n_rows
+            self._new_strand(each, asked) for each in (part, part.recent) if each is not None and each.plan.n_rows
         ]
         is_recent = part.recent is not None and not part.plan.n_rows
-        return _Call(strands or [self._new_strand(query, part, view, options, sinks, mask)], is_recent)
+        return _Call(strands or [self._new_strand(part, asked)], is_recent)
 
-    def _new_strand(
-        self,
-        query: Tensor,
-        part: KVPart,
-        view: KVView,
-        options: AttentionOptions,
-        sinks: Tensor | None,
-        mask: tuple[Tensor | None, int],
-    ) -> tuple[Any, tuple[object, ...]]:
+    def _new_strand(self, part: KVPart, asked: _Asked) -> tuple[Any, tuple[object, ...]]:
         """A call over the rows of a part alone, and what it has the addresses of."""
+        query, view, options = asked.query, asked.view, asked.options
         step, plan, arena = self._kernels.Step(self.isa), part.plan, part.arena
         member = arena.spec.members[part.member]
         table, positions = plan.table, None if plan.is_one_run else plan.row_positions
         first = (plan.runs[0][0] if plan.runs else 0) - plan.skip
         retention = part.retention
-        sinks = None if sinks is None else sinks.float().resolve_neg().contiguous()
+        sinks = None if asked.sinks is None else asked.sinks.float().resolve_neg().contiguous()
         step.set_pages(table.data_ptr(), table.stride(0), plan.n_sequences, len(member.heads), plan.block_tokens)
         step.set_member(
             member.nbytes,
@@ -167,13 +151,25 @@ class CpuBackend(AttentionBackend):
         step.set_rows(counts, skips, firsts, 0 if positions is None else positions.data_ptr(), queries)
         group = query.shape[1] // view.n_kv_heads
         step.set_queries(group, view.n_new, NUMBER_TYPES[query.dtype], torch.get_num_threads(), PREFILL_QUERIES)
-        hidden, kind = mask
+        hidden, kind = asked.mask, asked.mask_kind
         if hidden is not None:
             if hidden.dtype != (torch.bool if kind == MASK_BOOL else torch.float32):
                 raise InvariantError(f"a mask of kind {kind} came to the kernels as {hidden.dtype}")
             strides = (s if size > 1 else 0 for s, size in zip(hidden.stride()[:3], hidden.shape[:3], strict=True))
             step.set_mask(hidden.data_ptr(), *strides, kind, options.mask_offset)
         return step, (table, positions, sinks, hidden, *each)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is asked of some KV heads: their queries and sinks, and their mask with its kind (see MaskKind)."""
+
+    query: Tensor
+    view: KVView
+    options: AttentionOptions
+    sinks: Tensor | None = None
+    mask: Tensor | None = None
+    mask_kind: int = 0
 
 
 class _Call:
