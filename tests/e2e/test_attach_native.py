@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import io
+import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stratakv import KVCache, attach
+from stratakv import KVCache, attach, fidelity
 from stratakv.errors import CapacityError, StateError, UnsupportedError
 from stratakv.extension import is_built
 from stratakv.integrations.transformers.compat import cache_keyword
@@ -295,60 +299,260 @@ def test_both_ways_take_turns_over_one_cache(native: list[int]) -> None:
     assert native == [7, 1, 1, 1]
 
 
-def lowered(model: Any) -> None:
+def layer_of(model: Any) -> Any:
+    return model.model.layers[1]
+
+
+def lowered(model: Any, patch: pytest.MonkeyPatch) -> None:
     model.half().float()
 
 
-def by_data(model: Any) -> None:
-    model.model.layers[1].mlp.down_proj.weight.data *= 1.5
+def by_data(model: Any, patch: pytest.MonkeyPatch) -> None:
+    layer_of(model).mlp.down_proj.weight.data *= 1.5
 
 
-def in_place(model: Any) -> None:
+def in_place(model: Any, patch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         model.model.norm.weight[3] = 2.0
 
 
-def another(model: Any) -> None:
+def another_head(model: Any, patch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         model.lm_head = torch.nn.Linear(model.lm_head.in_features, VOCABULARY, bias=False)
 
 
-def loaded(model: Any) -> None:
+def loaded(model: Any, patch: pytest.MonkeyPatch) -> None:
     model.load_state_dict(tiny_llama(seed=5).state_dict())
 
 
-def hooked(model: Any) -> None:
-    model.model.layers[0].register_forward_hook(lambda module, inputs, output: output * 1.25)
+def assigned(model: Any, patch: pytest.MonkeyPatch) -> None:
+    model.load_state_dict(tiny_llama(seed=5).state_dict(), assign=True)
 
 
-def patched(model: Any) -> None:
-    layer = model.model.layers[0].mlp
-    layer.forward = lambda x: type(layer).forward(layer, x) * 2
+def scaled(model: Any, patch: pytest.MonkeyPatch) -> None:
+    layer_of(model).self_attn.scaling *= 2
 
 
-@pytest.mark.parametrize("change", [lowered, by_data, in_place, another, loaded, hooked, patched])
-def test_a_changed_model_runs_in_torch_and_says_so(change: Callable[[Any], None], native: list[int]) -> None:
+def normed(model: Any, patch: pytest.MonkeyPatch) -> None:
+    model.model.norm.variance_epsilon = 1.0
+
+
+def rotated(model: Any, patch: pytest.MonkeyPatch) -> None:
+    model.model.rotary_emb.attention_scaling = 2.0
+
+
+def of_another_class(model: Any, patch: pytest.MonkeyPatch) -> None:
+    kind = type(layer_of(model).mlp)
+
+    class Doubled(kind):  # type: ignore[misc, valid-type]  # transformers is untyped
+        def forward(self, x: Tensor) -> Any:
+            return 2 * super().forward(x)
+
+    layer_of(model).mlp.__class__ = Doubled
+
+
+def class_patched(model: Any, patch: pytest.MonkeyPatch) -> None:
+    kind = type(layer_of(model).mlp)
+    own = kind.forward
+    patch.setattr(kind, "forward", lambda self, x: 2 * own(self, x))
+
+
+def function_patched(model: Any, patch: pytest.MonkeyPatch) -> None:
+    file = sys.modules[type(model).__module__]
+    patch.setattr(file, "apply_rotary_pos_emb", lambda q, k, *_, **__: (2 * q, k))
+
+
+def hooked(model: Any, patch: pytest.MonkeyPatch) -> None:
+    layer_of(model).register_forward_hook(lambda module, inputs, output: output * 1.25)
+
+
+def patched(model: Any, patch: pytest.MonkeyPatch) -> None:
+    mlp = layer_of(model).mlp
+    mlp.forward = lambda x: type(mlp).forward(mlp, x) * 2
+
+
+def called_otherwise(model: Any, patch: pytest.MonkeyPatch) -> None:
+    mlp = layer_of(model).mlp
+    mlp._call_impl = lambda x: type(mlp).forward(mlp, x) * 2
+
+
+WEIGHTS = (lowered, by_data, in_place, another_head, loaded, assigned)
+CODE = (scaled, normed, rotated, of_another_class, class_patched, function_patched)
+HOOKS = (hooked, patched, called_otherwise)
+
+
+@pytest.mark.parametrize("change", [*WEIGHTS, *CODE, *HOOKS])
+def test_a_changed_model_runs_in_torch_and_says_so(
+    change: Callable[..., None], native: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, ids = tiny_llama(), random_ids(1, 24)
     attachment = attach(model, native=True)
     cache = KVCache.for_model(model)
     before = fed_logits(model, cache, ids)
-    change(model)
+    change(model, monkeypatch)
     native.clear()
     cache.reset()
-    with pytest.warns(RuntimeWarning, match="changed since"):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         found = fed_logits(model, cache, ids, [12, 12])
     assert not native
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once is enough
-        assert torch.equal(found, fed_logits(model, KVCache.for_model(model), ids, [12, 12]))
+    messages = [str(each.message) for each in seen]
+    assert len(messages) == (change not in HOOKS)
+    assert all("have the change taken on" in message for message in messages)
+    assert attachment.native_reason
     expected = uncached_logits(model, ids)
     assert not torch.equal(expected, before)
     assert_logits_equal(found, expected)
-    if change not in (hooked, patched, another):  # which the runner refuses
-        attachment.detach()
+    if change in WEIGHTS and change is not another_head:  # others the runner refuses, as they are no plain models
         attach(model, native=True)
         assert_logits_equal(fed_logits(model, KVCache.for_model(model), ids), expected)
         assert native[-1] == 24
+
+
+def test_a_hook_that_is_gone_costs_nothing_more(native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(1, 24)
+    attachment = attach(model, native=True)
+    native.clear()
+    expected = uncached_logits(model, ids)
+    handle = layer_of(model).mlp.register_forward_pre_hook(lambda module, inputs: None)
+    cache = KVCache.for_model(model)
+    fed_logits(model, cache, ids[:, :12])
+    assert "hook" in str(attachment.native_reason)
+    handle.remove()
+    assert_logits_equal(fed_logits(model, cache, ids[:, 12:]), expected[:, 12:])
+    assert native == [12]
+    assert attachment.native_reason is None
+
+
+def test_hooks_of_libraries_are_called_too(native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(1, 40)
+    attach(model)
+    expected = fidelity(model, ids, prefilled=8, format="int8").output_errors
+    attach(model, native=True)
+    native.clear()
+    found = fidelity(model, ids, prefilled=8, format="int8").output_errors
+    assert found == expected
+    assert found
+    assert not native
+
+
+def emptied(model: Any) -> None:
+    layer_of(model).mlp.down_proj.weight.untyped_storage().resize_(0)
+
+
+def with_placeholders(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+
+
+@pytest.mark.parametrize("change", [emptied, with_placeholders])
+def test_weights_that_are_gone_are_not_read(change: Callable[[Any], None], native: list[int]) -> None:
+    model, ids = tiny_llama(hidden_size=512), random_ids(1, 4)
+    attach(model, native=True)
+    native.clear()
+    change(model)
+    cache = KVCache.for_model(model)
+    with pytest.warns(RuntimeWarning, match="weights"), contextlib.suppress(RuntimeError):  # torch's own, of no storage
+        fed_logits(model, cache, ids)
+    assert not native
+
+
+def test_warnings_that_are_errors_come_once(native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(1, 12)
+    attach(model, native=True)
+    native.clear()
+    in_place(model, pytest.MonkeyPatch())
+    cache = KVCache.for_model(model)
+    with pytest.raises(RuntimeWarning):
+        fed_logits(model, cache, ids)
+    assert_logits_equal(fed_logits(model, cache, ids), uncached_logits(model, ids))
+    assert not native
+
+
+def test_the_model_is_not_held() -> None:
+    model, ids = tiny_llama(), random_ids(1, 12)
+    attachment = attach(model, native=True)
+    cache = KVCache.for_model(model)
+    fed_logits(model, cache, ids)
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model, attachment
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_cache_that_another_model_reshaped(native: list[int]) -> None:
+    first, second = tiny_llama(head_dim=64), tiny_llama(head_dim=8, seed=1)
+    ids = random_ids(1, 24)
+    attach(first, native=True)
+    attach(second)
+    native.clear()
+    cache = KVCache.for_model(first)
+    for model in (first, second, first, first):
+        assert_logits_equal(fed_logits(model, cache, ids, [20, 4]), uncached_logits(model, ids))
+        cache.reset()
+    assert len(native) >= 4
+
+
+def test_a_cache_is_exact_or_refuses(native: list[int]) -> None:
+    model, ids = tiny_llama().to(torch.bfloat16), random_ids(1, 12)
+    attach(model)
+    exact, rounding = KVCache.for_model(model), KVCache.for_model(model, format="bf16")
+    model.float()
+    attach(model, native=True)
+    native.clear()
+    with pytest.raises(UnsupportedError, match="exactly"):
+        fed_logits(model, exact, ids)
+    fed_logits(model, rounding, ids)
+    assert native == [12]
+    assert set(rounding.dtypes.values()) == {torch.float32}
+
+
+def test_a_cache_outlives_its_model(native: list[int]) -> None:
+    model, other, ids = tiny_llama(), tiny_llama(), random_ids(1, 12)
+    attach(model, native=True)
+    attach(other)
+    native.clear()
+    cache = KVCache.for_model(other)
+    del other
+    gc.collect()
+    assert_logits_equal(fed_logits(model, cache, ids), uncached_logits(model, ids))
+    assert native == [12]
+
+
+def test_a_model_of_several_dtypes_is_refused() -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    model.model.norm.float()
+    model.lm_head = copy.deepcopy(model.lm_head).float()
+    with pytest.raises(UnsupportedError, match="one dtype"):
+        attach(model, native=True)
+    assert "forward" not in vars(model)
+
+
+WRONG: dict[str, Callable[[Tensor], dict[str, Any]]] = {
+    "positions of one axis": lambda ids: {"input_ids": ids, "position_ids": torch.arange(12)},
+    "positions of three axes": lambda ids: {"input_ids": ids, "position_ids": torch.arange(12).expand(3, 2, 12)},
+    "positions of three sequences": lambda ids: {"input_ids": ids, "position_ids": torch.arange(12).expand(3, 12)},
+    "small ids": lambda ids: {"input_ids": ids.to(torch.int16)},
+    "labels": lambda ids: {"input_ids": ids, "labels": False},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_the_model_refuses_is_refused(name: str, native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(2, 12)
+    attach(model, native=True)
+    native.clear()
+    cache = KVCache.for_model(model)
+    with torch.no_grad(), pytest.raises((RuntimeError, TypeError, ValueError, AttributeError)):
+        model(**WRONG[name](ids), **keyword(model, cache))
+    with torch.no_grad(), pytest.raises(TypeError):
+        model(ids, input_ids=ids, **keyword(model, cache))
+    assert not native
+    cache.truncate(0)
+    assert_logits_equal(fed_logits(model, cache, ids), uncached_logits(model, ids))
 
 
 def unpickled(model: Any) -> Any:
@@ -363,7 +567,7 @@ def test_a_copy_of_the_model_runs_its_own_weights(copied: Callable[[Any], Any], 
     model, ids = tiny_llama(), random_ids(1, 24)
     attach(model, native=True)
     twin = copied(model)
-    by_data(twin)
+    by_data(twin, pytest.MonkeyPatch())
     native.clear()
     found = fed_logits(twin, KVCache.for_model(twin), ids)
     assert not native

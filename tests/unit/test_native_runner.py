@@ -325,6 +325,19 @@ def test_long_prompts_go_in_several_passes() -> None:
     assert_same(runner.forward(batch, tokens)[:, 0], logits_of(model, tokens)[:, -1])
 
 
+@pytest.mark.parametrize("last", [1, 2, 188, 189, 500, 700])
+def test_logits_of_the_last_tokens(last: int) -> None:
+    """Those of two passes, of 256 tokens each and the rest, too."""
+    model = tiny_llama()
+    runner = NativeRunner(model, dtype=torch.float32)
+    tokens = some_tokens(2, 700)
+    batch = runner.new_batch(format="fp32")
+    assert_same(runner.forward(batch, tokens, last=last), logits_of(model, tokens)[:, -last:])
+    for wrong in (0, -1, 701):
+        with pytest.raises(ConfigurationError, match="last"):
+            runner.forward(runner.new_batch(format="fp32"), tokens, last=wrong)
+
+
 @pytest.mark.parametrize(
     "tokens",
     [

@@ -174,12 +174,12 @@ class Memory:
 
     def settle(self) -> None:
         """Release what was garbage collected, and give back the slabs that are not needed."""
-        self._left_free = False
         held = [*self._live, *self._cached]  # none of these can become an orphan from here on
         self.settle_orphans()
         for g, (pool, arena) in enumerate(zip(self.ledger.pools, self.arenas, strict=True)):
             consolidate(pool, arena, [sequence.tables[g] for sequence in held])
         self._shrink()
+        self._left_free = False
 
     @uninterrupted
     def check(self) -> MemoryUsage:

@@ -48,6 +48,12 @@ class Attachment:
         """Whether the native runner takes the forwards that it can."""
         return isinstance(vars(self.model).get("forward"), NativeForward)
 
+    @property
+    def native_reason(self) -> str | None:
+        """Why the last forward of a model that `is_native` was its own in torch; None: the runner took it."""
+        forward = vars(self.model).get("forward")
+        return forward.reason if isinstance(forward, NativeForward) else "the model is not attached with native=True"
+
     def detach(self) -> None:
         """Give the model its own attention back, and its own forward."""
         _restore(self.replaced)
@@ -77,13 +83,20 @@ def attach(
     """
     was_attached = attention_config(model)._attn_implementation == ATTENTION_NAME
     attachment = _attach(model, probe_inputs)
-    if native and not attachment.is_native:
+    before = vars(model).pop("forward", None)
+    if not native or (isinstance(before, NativeForward) and before.is_current):
+        forward = before
+    else:
         try:
-            model.forward = NativeForward(model)
+            forward = NativeForward(model)
         except BaseException:
             if not was_attached:
                 attachment.detach()
+            elif before is not None:
+                model.forward = before
             raise
+    if forward is not None:
+        model.forward = forward
     return attachment
 
 

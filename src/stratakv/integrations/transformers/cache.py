@@ -195,11 +195,12 @@ class KVCache(CacheState):
             values = without_gradients(values, "stored values", value_states)
         return keys, values
 
-    def feed(self, run: Callable[[SequenceBatch], Tensor]) -> Tensor:
+    def feed(self, run: Callable[[SequenceBatch], Tensor], dtype: torch.dtype) -> Tensor:
         """A whole forward by something that writes the rows of all layers itself.
 
         Args:
             run: feeds the batch one step, or leaves it as it was.
+            dtype: what it computes keys and values as.
 
         Returns:
             What `run` gave.
@@ -208,8 +209,13 @@ class KVCache(CacheState):
         found = run(self.batch)
         self.token_ids = None  # what was fed is not known
         for layer in self.layers:
-            self.dtypes.setdefault(layer.index, self.model.dtype)
+            self.dtypes.setdefault(layer.index, dtype)
         return found
+
+    def stores_as(self, dtype: torch.dtype) -> bool:
+        """Whether rows of `dtype` may be stored: in a cache that is to be exact, they are not rounded."""
+        formats = self.spec.k_format, self.spec.v_format
+        return not self.exact or all(dtype in _STORED_EXACTLY.get(name, ()) for name in formats)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen; by one layer, where `layer_idx` names an attention layer."""

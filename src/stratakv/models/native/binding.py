@@ -46,10 +46,11 @@ class Binding:
         *,
         exact: bool,
     ) -> None:
-        if reason := reason_against(architecture, memory):
-            raise ConfigurationError(reason)
-        self._kernels = kernels
         self._architecture = architecture
+        self.spec: CacheSpec | None = None
+        """The last one that was checked."""
+        self.check(memory)
+        self._kernels = kernels
         self._weights = weights
         self._rotations = rotations
         self._rounds_activations = not exact
@@ -58,6 +59,13 @@ class Binding:
         self._of_step: list[Any] = []  # likewise
         self._room: dict[str, Tensor] = {}
         self._decoder = self._make(isa, len(memory.spec.groups))
+
+    def check(self, memory: Memory) -> None:
+        """Raise ConfigurationError where the memory has become one for another model: its first rows can show that."""
+        if self.spec is not memory.spec:
+            if reason := reason_against(self._architecture, memory):
+                raise ConfigurationError(reason)
+            self.spec = memory.spec
 
     def prepare(self, n_rows: int, n_positions: int) -> None:
         """Have room for passes of `n_rows` (sequences times new tokens), and angles up to `n_positions`.

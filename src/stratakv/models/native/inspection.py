@@ -187,7 +187,9 @@ def calls_more(module: Any) -> bool:
     """Whether a module has a hook that is not transformers' own, or another forward than its class."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     own_calls = [name for name in ("_call_impl", "_compiled_call_impl") if vars(module).get(name) is not None]
-    return any(map(_foreign, hooks)) or bool(own_calls) or _is_patched(module)
+    recorders = [hook for hook in hooks if str(getattr(hook, "__module__", "")).startswith("transformers.")]
+    is_hooked = len(recorders) < len(hooks) or any(map(_foreign, recorders))
+    return is_hooked or bool(own_calls) or _is_patched(module)
 
 
 def _is_patched(module: Any) -> bool:

@@ -22,6 +22,7 @@ from stratakv.models.native.rotation import Rotations
 from stratakv.models.native.weights import Weights
 from stratakv.policies import RetentionPolicy
 from stratakv.tensors import INTEGERS, described, has_numbers
+from stratakv.units import whole
 
 MOST_ROWS = 512
 """Rows (sequences times new tokens) that one pass through the layers takes."""
@@ -97,12 +98,19 @@ class NativeRunner:
 
     def refuses(self, batch: SequenceBatch) -> str | None:
         """Why `forward` would not feed this batch, or None."""
-        is_known = batch.memory in self._bindings
+        binding = self._bindings.get(batch.memory)
+        is_known = binding is not None and binding.spec is batch.memory.spec
         return None if is_known else reason_against(self.architecture, batch.memory)
 
     @torch.inference_mode()
     def forward(
-        self, batch: SequenceBatch, tokens: Tensor, *, every: bool = False, out: Tensor | None = None
+        self,
+        batch: SequenceBatch,
+        tokens: Tensor,
+        *,
+        every: bool = False,
+        last: int = 1,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Feed new tokens, whose keys and values go into the cache.
 
@@ -110,26 +118,30 @@ class NativeRunner:
             batch: the cache. It holds the new tokens afterwards, or is as it was where anything is refused. Where
                 something else stops it half way, it has the tokens that it had, less those that left its windows.
             tokens: integers `[n_sequences, n_new]`.
-            every: give logits of all new tokens rather than of the last one of each sequence.
-            out: where the logits go, fp32 `[n_sequences, n_new or 1, vocabulary]`; None: a new tensor.
+            every: give logits of all new tokens of each sequence.
+            last: where not of all, of so many last ones.
+            out: where the logits go, fp32 `[n_sequences, n_new or last, vocabulary]`; None: a new tensor.
 
         Returns:
             The logits.
 
         Raises:
-            ConfigurationError: no tokens, token ids beyond the vocabulary, or a cache of another shape.
+            ConfigurationError: no tokens, or fewer than `last`; ids beyond the vocabulary; a cache of another shape.
             CapacityError: no room, in the cache or for the logits.
         """
         _check_batch(batch)
         tokens = self._checked(tokens)
         n_sequences, n_new = tokens.shape
-        shape = (n_sequences, n_new if every else 1, self.architecture.vocabulary)
+        n_wanted = n_new if every else whole("last", last)
+        if not 0 < n_wanted <= n_new:
+            raise ConfigurationError(f"of {n_new} new tokens there are no logits of the last {n_wanted}")
+        shape = (n_sequences, n_wanted, self.architecture.vocabulary)
         if out is None:
             out = _floats(*shape)
         else:
             _check_place(out, shape)
         with self._lock:  # the decoder has room for one forward
-            self._feed(batch, tokens, out, every=every)
+            self._feed(batch, tokens, out)
         return out
 
     @torch.inference_mode()
@@ -148,13 +160,13 @@ class NativeRunner:
         with self._lock:
             if self._logits is None or self._logits.shape != shape:
                 self._logits = _floats(*shape)
-            self._feed(batch, tokens, self._logits, every=False)
+            self._feed(batch, tokens, self._logits)
             likeliest = self._logits.numpy().argmax(-1)
         with torch.inference_mode(mode=False):
             return torch.from_numpy(likeliest)
 
-    def _feed(self, batch: SequenceBatch, tokens: Tensor, out: Tensor, *, every: bool) -> None:
-        """A step of `batch`, or nothing."""
+    def _feed(self, batch: SequenceBatch, tokens: Tensor, out: Tensor) -> None:
+        """A step of `batch`, or nothing; `out` is for the logits of as many last tokens as it has room for."""
         n_sequences, n_new = tokens.shape
         binding = self._bind(batch.memory)
         span = max(MOST_ROWS // n_sequences, 1)
@@ -164,7 +176,7 @@ class NativeRunner:
             batch.begin(n_sequences, n_new)
             for start in range(0, n_new, span):
                 stop = min(start + span, n_new)
-                self._pass(binding, batch, tokens, start, stop, out, every=every)
+                self._pass(binding, batch, tokens, start, stop, out)
             batch.write_groups()
         except BaseException:
             if batch.open_step is not None:
@@ -172,18 +184,17 @@ class NativeRunner:
             raise
         batch.complete()
 
-    def _pass(
-        self, binding: Binding, batch: SequenceBatch, tokens: Tensor, start: int, stop: int, out: Tensor, *, every: bool
-    ) -> None:
+    def _pass(self, binding: Binding, batch: SequenceBatch, tokens: Tensor, start: int, stop: int, out: Tensor) -> None:
         """New tokens `[start, stop)` through all layers, and the logits that are wanted of them."""
-        (n_sequences, n_new), n = tokens.shape, stop - start
-        if every:
-            logits = out if n == n_new else _floats(n_sequences, n, out.shape[2])
-            binding.run(batch, tokens, start, stop, n, logits)
-            if logits is not out:
-                out[:, start:stop] = logits
-        else:
-            binding.run(batch, tokens, start, stop, 1 if stop == n_new else 0, out)
+        n_sequences, n_wanted, vocabulary = out.shape
+        first = tokens.shape[1] - n_wanted
+        own = max(stop - max(start, first), 0)
+        if own in (0, n_wanted):
+            binding.run(batch, tokens, start, stop, own, out)
+            return
+        logits = _floats(n_sequences, own, vocabulary)
+        binding.run(batch, tokens, start, stop, own, logits)
+        out[:, stop - own - first : stop - first] = logits
 
     def _bind(self, memory: Memory) -> Binding:
         binding = self._bindings.get(memory)
@@ -191,6 +202,7 @@ class NativeRunner:
             facts = self._kernels, self.isa, self.architecture, self.weights, self._rotations
             binding = Binding(*facts, memory, exact=self._exact)
             self._bindings[memory] = binding
+        binding.check(memory)
         return binding
 
     def _checked(self, tokens: Tensor) -> Tensor:
