@@ -83,8 +83,15 @@ class TransformersPeer(Peer):
         """The logits of the next tokens, `[n_sequences, vocabulary]`."""
         import torch
 
-        ids = ids if isinstance(ids, torch.Tensor) else torch.tensor(ids)
         with torch.inference_mode():
-            output = self.model(input_ids=ids, **{self._keyword: self._cache}, use_cache=True, logits_to_keep=1)
+            output = self.model(
+                input_ids=self._tensor(ids), **{self._keyword: self._cache}, use_cache=True, logits_to_keep=1
+            )
             found: torch.Tensor = output.logits[:, -1]
         return found
+
+    @staticmethod
+    def _tensor(ids: list[list[int]] | torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return ids if isinstance(ids, torch.Tensor) else torch.tensor(ids)

@@ -38,11 +38,11 @@ class StratakvNative(TransformersPeer):
         """A paged cache, which grows as it needs."""
         return self._runner.new_batch(format=self.options["format"])
 
-    def _forward(self, ids: list[list[int]] | torch.Tensor) -> torch.Tensor:
-        import torch
+    def _likeliest(self, ids: list[list[int]] | torch.Tensor) -> torch.Tensor:
+        return self._runner.next_tokens(self._cache, self._tensor(ids))[:, 0]
 
-        ids = ids if isinstance(ids, torch.Tensor) else torch.tensor(ids)
-        return self._runner.next_tokens(self._cache, ids)[:, 0]
+    def _forward(self, ids: list[list[int]] | torch.Tensor) -> torch.Tensor:
+        return self._runner.forward(self._cache, self._tensor(ids))[:, 0]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from benchmarks.peers.models import FOLDER, make_gguf
 from benchmarks.peers.report import markdown
 from benchmarks.peers.run import Run
 from benchmarks.peers.stages import Settings
+from stratakv.extension import is_built
 
 SMALL = Settings(
     lengths=(16, 20),
@@ -106,12 +108,24 @@ def peers_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _in_fp32(name: str) -> Entry:
+    entry = PEERS[name]
+    formats = {"format": "fp32"} if "format" in entry.options else {}
+    return replace(entry, weights="fp32", kv="fp32", options={**entry.options, "dtype": "fp32", **formats})
+
+
+OURS = ["stratakv-attached-bf16"]
+if is_built():
+    OURS += ["stratakv-attached-native-bf16", "stratakv-native-bf16"]
+every_own = pytest.mark.parametrize("name", OURS)
+
+
 @pytest.fixture(scope="module")
 def document(peers_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A whole run: one peer that works, one that is not installed, one whose worker cannot start."""
+    """A whole run: ours, one peer that is not installed, one whose worker cannot start."""
     absent = Entry("absent", "bf16", "bf16", "vllm_cpu", "vllm", FOLDER, {})
     broken = Entry("broken", "bf16", "bf16", "no_such_worker", OWN, FOLDER, {})
-    entries = [PEERS["stratakv-attached-fp32"], absent, broken]
+    entries = [_in_fp32(name) for name in OURS] + [absent, broken]
     out = tmp_path_factory.mktemp("results") / "peers.json"
     found = Run([enlist(entry, peers_dir, SMALL) for entry in entries], SMALL, peers_dir, out).measure()
     assert json.loads(out.read_text(encoding="utf-8")) == json.loads(json.dumps(found))
@@ -131,8 +145,9 @@ def test_a_run_has_the_documented_keys(document: dict[str, Any]) -> None:
         assert (list(peer["lengths"]), list(peer["batches"])) == (["16", "20"], ["2"])
 
 
-def test_our_worker_is_measured_in_every_round(document: dict[str, Any]) -> None:
-    ours = document["peers"]["stratakv-attached-fp32"]
+@every_own
+def test_our_workers_are_measured_in_every_round(name: str, document: dict[str, Any]) -> None:
+    ours = document["peers"][name]
     assert ours["missing"] is None
     assert {"stratakv", "torch", "transformers"} <= set(ours["versions"])
     numbers = [cell[name] for cell in ours["lengths"].values() for name in cell if name.endswith(("second", "token"))]
@@ -142,13 +157,16 @@ def test_our_worker_is_measured_in_every_round(document: dict[str, Any]) -> None
         assert 0 < number["smallest"] <= number["median"] <= number["largest"]
 
 
-def test_our_worker_says_what_the_model_says_without_a_cache(document: dict[str, Any], peers_dir: Path) -> None:
+@every_own
+def test_our_workers_say_what_the_model_says_without_a_cache(
+    name: str, document: dict[str, Any], peers_dir: Path
+) -> None:
     model = LlamaForCausalLM.from_pretrained(peers_dir / "models" / FOLDER).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(peers_dir / "models" / FOLDER)
     from stratakv.bench.texts import topics_token_ids
 
     text = topics_token_ids(tokenizer, 20)
-    ours = document["peers"]["stratakv-attached-fp32"]
+    ours = document["peers"][name]
     for length, cell in ours["lengths"].items():
         ids = text[: int(length)]
         for token in cell["first_tokens"]:
@@ -162,7 +180,7 @@ def test_who_is_missing_is_reported_and_the_run_goes_on(document: dict[str, Any]
     assert "was not made" in reasons["absent"]
     assert "No module named" in reasons["broken"]
     table = markdown(document)
-    assert "| stratakv-attached-fp32 | fp32 / fp32 |" in table
+    assert "| stratakv-attached-bf16 | fp32 / fp32 |" in table
     assert f"- absent: {reasons['absent']}" in table
     assert f"- broken: {reasons['broken']}" in table
 
