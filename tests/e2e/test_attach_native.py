@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import io
 import sys
@@ -351,6 +352,19 @@ def of_another_class(model: Any, patch: pytest.MonkeyPatch) -> None:
     layer_of(model).mlp.__class__ = Doubled
 
 
+def linear_of_another_class(model: Any, patch: pytest.MonkeyPatch) -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer_of(model).mlp.up_proj.__class__ = Doubled
+
+
+def linear_patched(model: Any, patch: pytest.MonkeyPatch) -> None:
+    own = torch.nn.Linear.forward
+    patch.setattr(torch.nn.Linear, "forward", lambda self, x: 2 * own(self, x))
+
+
 def class_patched(model: Any, patch: pytest.MonkeyPatch) -> None:
     kind = type(layer_of(model).mlp)
     own = kind.forward
@@ -377,7 +391,10 @@ def called_otherwise(model: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 WEIGHTS = (lowered, by_data, in_place, another_head, loaded, assigned)
-CODE = (scaled, normed, rotated, of_another_class, class_patched, function_patched)
+CODE = (
+    *(scaled, normed, rotated, of_another_class, linear_of_another_class),
+    *(class_patched, linear_patched, function_patched),
+)
 HOOKS = (hooked, patched, called_otherwise)
 
 
@@ -407,6 +424,18 @@ def test_a_changed_model_runs_in_torch_and_says_so(
         attach(model, native=True)
         assert_logits_equal(fed_logits(model, KVCache.for_model(model), ids), expected)
         assert native[-1] == 24
+
+
+def test_a_forward_that_somebody_else_put_there_stays() -> None:
+    model, ids = tiny_llama(), random_ids(1, 12)
+    attach(model)
+    own = model.forward
+    model.forward = functools.partial(own)
+    wrapper = model.forward
+    with pytest.raises(UnsupportedError, match="forward"):
+        attach(model, native=True)
+    assert model.forward is wrapper
+    assert_logits_equal(fed_logits(model, KVCache.for_model(model), ids), uncached_logits(model, ids))
 
 
 def test_a_hook_that_is_gone_costs_nothing_more(native: list[int]) -> None:

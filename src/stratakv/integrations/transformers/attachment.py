@@ -83,20 +83,19 @@ def attach(
     """
     was_attached = attention_config(model)._attn_implementation == ATTENTION_NAME
     attachment = _attach(model, probe_inputs)
-    before = vars(model).pop("forward", None)
-    if not native or (isinstance(before, NativeForward) and before.is_current):
-        forward = before
-    else:
-        try:
-            forward = NativeForward(model)
-        except BaseException:
-            if not was_attached:
-                attachment.detach()
-            elif before is not None:
-                model.forward = before
-            raise
-    if forward is not None:
-        model.forward = forward
+    before = vars(model).get("forward") if attachment.is_native else None
+    if not native or (before is not None and before.is_current):
+        return attachment
+    try:
+        if before is not None:
+            del model.forward  # the runner is made from the model as its class is
+        model.forward = NativeForward(model)
+    except BaseException:
+        if not was_attached:
+            attachment.detach()
+        elif before is not None:
+            model.forward = before
+        raise
     return attachment
 
 

@@ -28,13 +28,13 @@ class Snapshot:
     """What a model consists of. It is not held, but its weights of then are.
 
     Whoever asks does so before each step, and all of this lies elsewhere in memory than what kernels use: loops are in
-    C, and torch's own modules are taken to be as their class is.
+    C, and attributes of torch's own modules, such as a linear layer's, are not looked at.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         everything = list(model.modules())
         below = everything[1:]
-        own = [module for module in below if not type(module).__module__.startswith("torch.")]
+        own = [module for module in below if not _is_torchs(type(module))]
         parts = [
             (held, name, part)
             for module in everything
@@ -51,16 +51,17 @@ class Snapshot:
         self._sizes = array("Q", [x.nbytes if x.is_contiguous() and x.is_cpu else 0 for x in self._tensors])
         self._places = self._find_places()
         self._sample = sample_of(self._places[1], self._sizes)
-        self._own, self._types = own, list(map(type, own))
+        self._below, self._types = below, list(map(type, below))
         self._config, self._settings = model.config, copy.deepcopy(_settings(model.config))
         classes = list(dict.fromkeys([type(model), *self._types]))
-        files = [vars(sys.modules[name]) for name in dict.fromkeys(kind.__module__ for kind in classes)]
+        names = dict.fromkeys(kind.__module__ for kind in classes if not _is_torchs(kind))
+        files = [vars(sys.modules[name]) for name in names]
         functions = [(names, name, f) for names in files for name, f in names.items() if callable(f)]
         self._functions = _transposed(functions)
         self._classes, self._forwards = classes, list(map(_FORWARD, classes))
-        self._below = below  # hooks of the model itself are called around its forward
-        self._hooks = [each for m in self._below for each in (m._forward_hooks, m._forward_pre_hooks)]
-        self._namespaces = list(map(vars, self._below))
+        # Those of the model itself are called around its forward.
+        self._hooks = [each for m in below for each in (m._forward_hooks, m._forward_pre_hooks)]
+        self._namespaces = list(map(vars, below))
         self._n_hooks, self._n_names = self._count()
 
     def weights_differ(self) -> bool:
@@ -77,7 +78,7 @@ class Snapshot:
 
     def difference(self, model: PreTrainedModel) -> str | None:
         """What else of the model was changed, or None."""
-        if not _are_same(self._attributes) or list(map(type, self._own)) != self._types:
+        if not _are_same(self._attributes) or list(map(type, self._below)) != self._types:
             return "an attribute or the class of a module was changed"
         if model.config is not self._config or _settings(self._config) != self._settings:
             return "its config was changed"
@@ -112,6 +113,10 @@ def _transposed(entries: list[tuple[dict[str, Any], str, Any]]) -> _Column:
 def _are_same(column: _Column) -> bool:
     holders, names, things = column
     return all(map(operator.is_, map(dict.get, holders, names, itertools.repeat(None)), things))
+
+
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.startswith("torch.")
 
 
 def _is_fact(name: str) -> bool:
