@@ -214,8 +214,7 @@ class KVCache(CacheState):
 
     def stores_as(self, dtype: torch.dtype) -> bool:
         """Whether rows of `dtype` may be stored: in a cache that is to be exact, they are not rounded."""
-        formats = self.spec.k_format, self.spec.v_format
-        return not self.exact or all(dtype in _STORED_EXACTLY.get(name, ()) for name in formats)
+        return not self.exact or dtype in _STORED_EXACTLY[self.spec.k_format]  # one format for keys and values then
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen; by one layer, where `layer_idx` names an attention layer."""
@@ -339,11 +338,11 @@ class KVCache(CacheState):
         self._epoch.advance()
 
     def _learn_shape(self, layer: KVLayer, keys: Tensor, values: Tensor) -> None:
-        for name, rows in ((self.spec.k_format, keys), (self.spec.v_format, values)):
-            if self.exact and rows.dtype not in _STORED_EXACTLY.get(name, ()):
+        for rows in (keys, values):
+            if not self.stores_as(rows.dtype):
                 raise UnsupportedError(
-                    f"the cache was made to store what the model computes exactly, in {name}, and now it computes "
-                    f"{rows.dtype}; make a new one, or choose a format"
+                    f"the cache was made to store what the model computes exactly, in {self.spec.k_format}, and now it "
+                    f"computes {rows.dtype}; make a new one, or choose a format"
                 )
         self.dtypes.setdefault(layer.index, keys.dtype)
         known = self.spec.layers_by_index[layer.index]
