@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import functools
 import gc
+import inspect
 import io
 import sys
 import warnings
@@ -18,6 +20,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stratakv import KVCache, attach, fidelity
 from stratakv.errors import CapacityError, StateError, UnsupportedError
@@ -390,12 +394,91 @@ def called_otherwise(model: Any, patch: pytest.MonkeyPatch) -> None:
     mlp._call_impl = lambda x: type(mlp).forward(mlp, x) * 2
 
 
-WEIGHTS = (lowered, by_data, in_place, another_head, loaded, assigned)
-CODE = (
-    *(scaled, normed, rotated, of_another_class, linear_of_another_class),
-    *(class_patched, linear_patched, function_patched),
+def with_parameters_elsewhere(model: Any, patch: pytest.MonkeyPatch) -> None:
+    linear = layer_of(model).mlp.down_proj
+    linear._parameters = {"weight": torch.nn.Parameter(linear.weight.detach() * 2), "bias": None}
+
+
+def with_modules_elsewhere(model: Any, patch: pytest.MonkeyPatch) -> None:
+    other = tiny_llama(seed=5)
+    attach(other)
+    model.model.layers._modules = other.model.layers._modules
+
+
+def with_another_ones_dictionary(model: Any, patch: pytest.MonkeyPatch) -> None:
+    other = tiny_llama(seed=5)
+    attach(other)
+    layer_of(model).__dict__ = dict(vars(layer_of(other)))
+
+
+def clipped(model: Any, patch: pytest.MonkeyPatch) -> None:
+    model.model.embed_tokens.max_norm = 0.1
+
+
+def model_of_another_class(model: Any, patch: pytest.MonkeyPatch) -> None:
+    kind = type(model)
+
+    class Doubled(kind):  # type: ignore[misc, valid-type]  # transformers is untyped
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = kind.forward(self, *args, **kwargs)
+            output.logits = output.logits * 2
+            return output
+
+    Doubled.forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    model.__class__ = Doubled
+
+
+def call_patched(model: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(type(layer_of(model).mlp), "__call__", lambda self, x: 2 * self.forward(x))
+
+
+def attention_replaced(model: Any, patch: pytest.MonkeyPatch) -> None:
+    own = ALL_ATTENTION_FUNCTIONS["stratakv"]
+
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        output, weights = own(*args, **kwargs)
+        return 2 * output, weights
+
+    patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "stratakv", doubled)
+
+
+def patched_again(model: Any, patch: pytest.MonkeyPatch) -> None:
+    mlp, ids = layer_of(model).mlp, random_ids(1, 4)
+    own = mlp.forward
+    for factor in (2, 3):
+        mlp.forward = own  # which stays in the instance
+        with torch.no_grad():
+            model(ids, **cache_argument(model, KVCache.for_model(model)))
+        mlp.forward = lambda x, factor=factor: factor * own(x)
+
+
+def hooked_elsewhere(model: Any, patch: pytest.MonkeyPatch) -> None:
+    for module in model.modules():
+        module._forward_hooks = collections.OrderedDict()
+    layer_of(model).mlp.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def hooked_in_the_place_of_a_recorder(model: Any, patch: pytest.MonkeyPatch) -> None:
+    mlp, cache = layer_of(model).mlp, KVCache.for_model(model)
+    with torch.no_grad():
+        model(random_ids(1, 4), output_hidden_states=True, **cache_argument(model, cache))
+        model(random_ids(1, 4), **cache_argument(model, cache))
+    n_hooks = sum(len(module._forward_hooks) for module in model.modules())
+    for module in model.modules():
+        module._forward_hooks.clear()
+    for _ in range(max(n_hooks, 1)):
+        mlp.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+WEIGHTS = (
+    *(lowered, by_data, in_place, another_head, loaded, assigned, with_parameters_elsewhere, with_modules_elsewhere),
+    with_another_ones_dictionary,
 )
-HOOKS = (hooked, patched, called_otherwise)
+CODE = (
+    *(scaled, normed, rotated, clipped, of_another_class, linear_of_another_class, model_of_another_class),
+    *(class_patched, linear_patched, function_patched, call_patched, attention_replaced),
+)
+HOOKS = (hooked, patched, called_otherwise, patched_again, hooked_elsewhere, hooked_in_the_place_of_a_recorder)
 
 
 @pytest.mark.parametrize("change", [*WEIGHTS, *CODE, *HOOKS])
@@ -424,6 +507,184 @@ def test_a_changed_model_runs_in_torch_and_says_so(
         attach(model, native=True)
         assert_logits_equal(fed_logits(model, KVCache.for_model(model), ids), expected)
         assert native[-1] == 24
+
+
+@pytest.mark.parametrize("of_class", [True, False])
+def test_methods_that_a_forward_calls(of_class: bool, native: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_gemma3(), random_ids(1, 12)
+    attachment = attach(model, native=True)
+    before = fed_logits(model, KVCache.for_model(model), ids)
+    norm = model.model.norm
+    own = type(norm)._norm
+    monkeypatch.setattr(type(norm) if of_class else norm, "_norm", lambda *args: 1.5 * own(norm, args[-1]))
+    native.clear()
+    with pytest.warns(RuntimeWarning, match="code") if of_class else contextlib.nullcontext():
+        found = fed_logits(model, KVCache.for_model(model), ids)
+    assert not native
+    assert attachment.native_reason
+    expected = uncached_logits(model, ids)
+    assert not torch.equal(expected, before)
+    assert_logits_equal(found, expected)
+
+
+class _Doubling(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        return found * 2 if function is torch.nn.functional.silu else found
+
+
+def test_modes_of_torch_see_what_the_model_computes(native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(1, 12)
+    attach(model, native=True)
+    native.clear()
+    with _Doubling():
+        assert_logits_equal(fed_logits(model, KVCache.for_model(model), ids), uncached_logits(model, ids))
+    assert not native
+    with torch.device("cpu"):
+        fed_logits(model, KVCache.for_model(model), ids)
+    assert native == [12]
+
+
+def test_a_weight_that_lies_turned_is_looked_at(native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(1, 12)
+    linear = layer_of(model).mlp.down_proj
+    linear.weight = torch.nn.Parameter(linear.weight.detach().t().contiguous().t(), requires_grad=False)
+    attach(model, native=True)
+    native.clear()
+    linear.weight.data *= 1.5
+    with pytest.warns(RuntimeWarning, match="weights"):
+        found = fed_logits(model, KVCache.for_model(model), ids)
+    assert_logits_equal(found, uncached_logits(model, ids))
+    assert not native
+
+
+def test_a_cache_whose_update_was_replaced(native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(1, 12)
+    attach(model, native=True)
+    native.clear()
+    cache, seen = KVCache.for_model(model), []
+    own = cache.update
+
+    def update(keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
+        seen.append(layer)
+        return own(keys, values, layer, *args, **kwargs)
+
+    cache.update = update
+    fed_logits(model, cache, ids)
+    assert seen == [0, 1]
+    assert not native
+
+
+def test_attached_in_training_mode(native: list[int]) -> None:
+    model, ids = tiny_llama().train(), random_ids(1, 12)
+    attachment = attach(model, native=True)
+    model.eval()
+    native.clear()
+    assert_logits_equal(fed_logits(model, KVCache.for_model(model), ids), uncached_logits(model, ids))
+    assert native == [12]
+    model.model.layers.train()
+    with pytest.warns(RuntimeWarning, match="attribute"):
+        fed_logits(model, KVCache.for_model(model), ids)
+    assert native == [12]
+    assert "attribute" in str(attachment.native_reason)
+
+
+def with_unseen_changes() -> Any:
+    with torch.inference_mode():
+        return tiny_llama()
+
+
+def with_a_tensor_in_its_config() -> Any:
+    model = tiny_llama()
+    model.config.statistics = torch.zeros(3)
+    return model
+
+
+@pytest.mark.parametrize("made", [with_unseen_changes, with_a_tensor_in_its_config])
+def test_a_model_whose_changes_would_not_be_seen_is_refused(made: Callable[[], Any]) -> None:
+    model, ids = made(), random_ids(1, 12)
+    with pytest.raises(UnsupportedError, match=r"inference_mode|config"):
+        attach(model, native=True)
+    assert "forward" not in vars(model)
+    attach(model)
+    assert_logits_equal(fed_logits(model, KVCache.for_model(model), ids), uncached_logits(model, ids))
+
+
+def test_a_tensor_that_comes_into_the_config(native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(1, 12)
+    model.config.of_mine = 1.0
+    attach(model, native=True)
+    native.clear()
+    model.config.of_mine = torch.zeros(3)
+    with pytest.warns(RuntimeWarning, match="config"):
+        fed_logits(model, KVCache.for_model(model), ids)
+    assert not native
+
+
+def test_another_thread_may_let_the_copy_go(native: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_llama(), random_ids(1, 12)
+    attach(model, native=True)
+    own = NativeRunner.refuses
+
+    def refuses(self: NativeRunner, batch: Any) -> str | None:
+        model.forward._copied = None
+        model.forward.reason = None
+        return own(self, batch)
+
+    monkeypatch.setattr(NativeRunner, "refuses", refuses)
+    assert_logits_equal(fed_logits(model, KVCache.for_model(model), ids), uncached_logits(model, ids))
+    assert native[-1] == 12
+    fed_logits(model, KVCache.for_model(model), ids)
+    assert native.count(12) == 1
+
+
+def test_every_change_has_its_warning(native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(1, 12)
+    attach(model, native=True)
+    config = model.config
+    with pytest.warns(RuntimeWarning, match="config"):
+        config.pad_token_id = 3
+        fed_logits(model, KVCache.for_model(model), ids)
+    config.pad_token_id = tiny_llama().config.pad_token_id
+    native.clear()
+    fed_logits(model, KVCache.for_model(model), ids)
+    assert native == [12]
+    by_data(model, pytest.MonkeyPatch())
+    with pytest.warns(RuntimeWarning, match="weights"):
+        fed_logits(model, KVCache.for_model(model), ids)
+
+
+def test_the_older_name_of_the_cache_is_not_the_newer_one(native: list[int]) -> None:
+    model, ids = tiny_llama(), random_ids(1, 12)
+    attach(model, native=True)
+    native.clear()
+    cache, name = KVCache.for_model(model), cache_keyword(model)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers' own
+        if name != "past_key_values":
+            model(ids, past_key_values=cache, **{name: None})
+            assert cache.seen_tokens == 0
+        n_names = len(inspect.signature(type(model).forward).parameters) - 2  # without itself, and all others by name
+        with pytest.raises(TypeError):
+            model(ids, *[None] * n_names, **cache_argument(model, cache))
+    assert not native
+
+
+def test_functions_that_were_compiled_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    monkeypatch.setattr(sys.modules[type(model).__module__], "__compiled_fn_1_ab", lambda: None, raising=False)
+    assert attach(model, native=True).is_native
+
+
+def test_a_forward_whose_model_is_gone() -> None:
+    model = tiny_llama()
+    attach(model, native=True)
+    forward = model.forward
+    del model
+    gc.collect()
+    for use in (forward, copy.deepcopy):
+        with pytest.raises(StateError, match="gone"):
+            use(random_ids(1, 4) if use is forward else forward)
 
 
 def test_a_forward_that_somebody_else_put_there_stays() -> None:

@@ -199,7 +199,7 @@ class KVCache(CacheState):
         """A whole forward by something that writes the rows of all layers itself.
 
         Args:
-            run: feeds the batch one step, or leaves it as it was.
+            run: feeds the batch one step; where it fails, the batch has the tokens that it had.
             dtype: what it computes keys and values as.
 
         Returns:

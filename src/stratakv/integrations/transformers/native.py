@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from stratakv.errors import UnsupportedError
+from stratakv.errors import StateError, UnsupportedError
 from stratakv.integrations.transformers.cache import KVCache
 from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword, causal_output
 from stratakv.integrations.transformers.snapshot import HOOKED, Snapshot
@@ -48,10 +51,10 @@ class NativeForward:
         self._model: Any = weakref.ref(model)
         self.__signature__ = inspect.signature(model.forward)
         self.__doc__ = model.forward.__doc__
-        self._names = tuple(self.__signature__.parameters)
+        parameters = self.__signature__.parameters.values()
+        self._names = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
         self._keyword = cache_keyword(model)
-        self._runner: NativeRunner | None = NativeRunner(model, dtype=model.dtype)
-        self._snapshot = Snapshot(model)
+        self._copied: tuple[NativeRunner, Snapshot] | None = NativeRunner(model, dtype=model.dtype), Snapshot(model)
         self._has_warned = False
         self.reason: str | None = None
         """Why the last forward was the model's own; None: it was not."""
@@ -59,18 +62,20 @@ class NativeForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own forward."""
         model = self._model()
+        own = _own_forward(model)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         is_unclear = len(given) != len(args) + len(kwargs) or len(args) > len(self._names)
-        cache = given.pop(self._keyword, None)
-        if cache is None:
-            cache = given.pop("past_key_values", None)  # its older name, which is still taken
-        self.reason = "arguments are given twice" if is_unclear else self._reason_against(model, cache, given)
-        if self.reason is not None:
-            return _own_forward(model)(*args, **kwargs)
-        runner, ids, kept = self._runner, given["input_ids"], given.get("logits_to_keep", 0)
-        assert runner is not None
+        # Its older name is still taken where the other one is not given.
+        cache = given.pop(self._keyword if self._keyword in given else "past_key_values", None)
+        copied = self._copied  # another thread may let it go
+        reason = "arguments are given twice" if is_unclear else self._reason_against(model, copied, cache, given)
+        self.reason = reason
+        if reason is not None or copied is None:
+            return own(*args, **kwargs)
+        self._has_warned = False
+        ids, kept = given["input_ids"], given.get("logits_to_keep", 0)
         kept = min(kept, ids.shape[1]) or ids.shape[1]
-        logits = cache.feed(lambda batch: runner.forward(batch, ids, last=kept), model.dtype)
+        logits = cache.feed(lambda batch: copied[0].forward(batch, ids, last=kept), model.dtype)
         return causal_output(logits.to(model.dtype), cache)
 
     def __reduce__(self) -> Any:
@@ -79,22 +84,28 @@ class NativeForward:
     @property
     def is_current(self) -> bool:
         """Whether the model is still what was copied."""
-        is_unchanged = self._runner is not None and not self._snapshot.weights_differ()
-        return is_unchanged and self._snapshot.difference(self._model()) is None
+        if self._copied is None:
+            return False
+        model, (_, snapshot) = self._model(), self._copied
+        return not snapshot.weights_differ(model) and snapshot.difference(model) is None
 
-    def _reason_against(self, model: Any, cache: Any, given: Mapping[str, Any]) -> str | None:
+    def _reason_against(
+        self, model: Any, copied: tuple[NativeRunner, Snapshot] | None, cache: Any, given: Mapping[str, Any]
+    ) -> str | None:
         """Why the model's own forward is called, or None: then the runner gives the same."""
         reason = next((reason for holds, reason in _conditions(model, cache, given) if not holds), None)
-        if reason is None:
-            reason = "weights were changed" if self._runner is None else self._runner.refuses(cache.batch)
         if reason is not None:
             return reason
-        if self._snapshot.weights_differ():
-            self._runner = None  # they do not come back
-            del self._snapshot
+        if copied is None:
+            return "weights were changed"
+        runner, snapshot = copied
+        if (reason := runner.refuses(cache.batch)) is not None:
+            return reason
+        if snapshot.weights_differ(model):
+            self._copied = None  # they seldom come back, and hold as much memory as the model
             reason = "weights or modules of the model were changed"
         else:
-            reason = self._snapshot.difference(model)
+            reason = snapshot.difference(model)
         if reason not in (None, HOOKED) and not self._has_warned:
             self._has_warned = True
             warnings.warn(_CHANGED.format(reason), RuntimeWarning, stacklevel=5)
@@ -109,8 +120,10 @@ def _conditions(model: Any, cache: Any, given: Mapping[str, Any]) -> Iterator[tu
     config, kept = model.config, given.get("logits_to_keep", 0)
     ids: Any = given.get("input_ids")
     yield type(cache) is KVCache, "there is no KVCache"
+    yield "update" not in vars(cache), "the cache has an update of its own"
     yield not torch.is_grad_enabled(), "gradients are on: use torch.no_grad() or torch.inference_mode()"
     yield not (model.training or torch.is_autocast_enabled("cpu")), "it is in training mode, or under autocast"
+    yield all(type(mode) is DeviceContext for mode in _modes()), "a mode of torch is on, which would see nothing"
     yield (
         (_is_numbers(ids, torch.int64, torch.int32) and ids.dim() == 2 and bool(ids.numel())),
         "input_ids are not [n_sequences, n_tokens] of int64 or int32 in RAM",
@@ -143,5 +156,11 @@ def _is_numbers(tensor: Any, *dtypes: torch.dtype) -> bool:
     )
 
 
+def _modes() -> list[Any]:
+    return [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+
+
 def _own_forward(model: Any) -> types.MethodType:
+    if model is None:
+        raise StateError("the model whose forward this was is gone")
     return types.MethodType(type(model).forward, model)

@@ -30,6 +30,8 @@ from stratakv.errors import UnsupportedError
 
 _SOURCES = ("transformers", "torch", "stratakv")
 _HARMLESS = ("typing", "dataclasses")
+_COMPILED = ("__compiled_fn", "__resume_at")  # which torch.compile puts there; nobody calls them by name
+_NOTHING = object()
 _FLASH = (None, "flash_attention_forward"), "flash_attention_mask"
 # What attends and what makes the masks, by the name under which a model asks for both.
 _WAYS = {
@@ -149,7 +151,7 @@ def _check_functions(kind: type) -> None:
 def _check_names(module: ModuleType) -> None:
     """Refuse functions that were put in the place of others in one of transformers' modules."""
     for name, function in vars(module).items():
-        if not callable(function) or isinstance(function, type):
+        if not callable(function) or isinstance(function, type) or name.startswith(_COMPILED):
             continue
         own = _decorated(function)
         foreign = _foreign(own)
@@ -184,20 +186,17 @@ def _foreign(function: Any) -> str | None:
 
 
 def calls_more(module: Any) -> bool:
-    """Whether a module has a hook that is not transformers' own, or another forward than its class."""
+    """Whether a module has a hook that is not transformers' own, or functions in the place of its class's."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    own_calls = [name for name in ("_call_impl", "_compiled_call_impl") if vars(module).get(name) is not None]
     recorders = [hook for hook in hooks if str(getattr(hook, "__module__", "")).startswith("transformers.")]
     is_hooked = len(recorders) < len(hooks) or any(map(_foreign, recorders))
-    return is_hooked or bool(own_calls) or _is_patched(module)
+    return is_hooked or any(_is_patch(module, name, value) for name, value in vars(module).items() if callable(value))
 
 
-def _is_patched(module: Any) -> bool:
-    """Whether an instance has a forward of its own. What recorded its outputs may have put back its class's."""
-    forward = vars(module).get("forward")
-    if forward is None:
-        return False
-    return getattr(forward, "__func__", None) is not type(module).forward or forward.__self__ is not module
+def _is_patch(module: Any, name: str, function: Any) -> bool:
+    """Whether a function of an instance hides another one of its class. Recorders may have put that back."""
+    own = getattr(type(module), name, _NOTHING)
+    return own is not _NOTHING and (getattr(function, "__func__", None) is not own or function.__self__ is not module)
 
 
 def _check_attention(config: Any) -> None:
