@@ -10,6 +10,12 @@ namespace stratakv {
 namespace amx {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+namespace avx512_vnni {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }
@@ -29,6 +35,8 @@ const Kernels* const* compiled_kernels(std::size_t& count) {
   static const Kernels* const all[] = {
 #if defined(__x86_64__)
       &amx::kernels,
+      &avx512_bf16::kernels,
+      &avx512_vnni::kernels,
       &avx512::kernels,
       &avx2::kernels,
 #elif defined(__aarch64__)

@@ -20,8 +20,8 @@
 #include "attention/unpack.inl"
 #include "isa/small.h"
 #include "threads.h"
-#ifdef STRATAKV_AMX
-#include "amx/prefill.inl"
+#ifdef __AVX512BF16__
+#include "tiled/prefill.inl"
 #endif
 
 namespace stratakv::STRATAKV_ISA {
@@ -264,7 +264,7 @@ void prefill_keys(const AttentionArguments& a) {
 
 inline bool unpacks(const AttentionArguments& a) { return !is_plain(a.pages.k_type) || !is_plain(a.pages.v_type); }
 
-#ifdef STRATAKV_AMX
+#ifdef __AVX512BF16__
 // What `function` gives for the kernel of a call that is for tiles.
 template <typename Function>
 auto with_tiles(const AttentionArguments& a, const Function& function) {
@@ -275,7 +275,7 @@ auto with_tiles(const AttentionArguments& a, const Function& function) {
 #endif
 
 inline void prefill(const AttentionArguments& a) {
-#ifdef STRATAKV_AMX
+#ifdef __AVX512BF16__
   if (is_for_tiles(a)) return with_tiles(a, [&](auto kernel) { prefill_units<typename decltype(kernel)::type>(a); });
 #endif
   if (unpacks(a)) return prefill_units<Prefilling<Any, Any>>(a);
@@ -292,7 +292,7 @@ std::ptrdiff_t unit_floats(const AttentionArguments& a) {
 }
 
 inline std::ptrdiff_t prefill_floats(const AttentionArguments& a) {
-#ifdef STRATAKV_AMX
+#ifdef __AVX512BF16__
   if (is_for_tiles(a)) return with_tiles(a, [&](auto kernel) { return unit_floats<typename decltype(kernel)::type>(a); });
 #endif
   return unpacks(a) ? unit_floats<Prefilling<Any, Any>>(a) : unit_floats<Prefilling<float, float>>(a);

@@ -1,13 +1,11 @@
 #define STRATAKV_ISA amx
-#define STRATAKV_AMX
 #include "isa/vec_avx512.h"
 #include "isa/table.inl"
 
 namespace stratakv::STRATAKV_ISA {
 
 bool is_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+  return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
          __builtin_cpu_supports("amx-bf16") && Tiles::are_permitted();
 }
 

@@ -4,9 +4,6 @@
 
 namespace stratakv::STRATAKV_ISA {
 
-bool is_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq");
-}
+bool is_supported() { return has_avx512(); }
 
 }  // namespace stratakv::STRATAKV_ISA

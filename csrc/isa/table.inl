@@ -11,7 +11,7 @@ namespace stratakv::STRATAKV_ISA {
 
 bool is_supported();
 
-#ifdef STRATAKV_AMX
+#ifdef __AVX512BF16__
 constexpr bool kTilesBf16 = true;
 #else
 constexpr bool kTilesBf16 = false;

@@ -1,4 +1,4 @@
-// Sixteen floats in an AVX-512 register (F, BW, VL).
+// Sixteen floats in an AVX-512 register (F, BW, VL, DQ), and what VNNI adds.
 #pragma once
 
 #include <immintrin.h>
@@ -9,6 +9,11 @@
 #include "numbers.h"
 
 namespace stratakv::STRATAKV_ISA {
+
+inline bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
 
 struct Vec {
   static constexpr int kWidth = 16;

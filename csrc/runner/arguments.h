@@ -7,7 +7,7 @@
 
 namespace stratakv {
 
-// [n_rows, n_columns]: y = x W^T + bias. By rows, or in tiles as amx/linear.inl has them.
+// [n_rows, n_columns]: y = x W^T + bias. By rows, or in tiles as tiled/linear.inl has them.
 struct Matrix {
   const void* data;
   const float* bias;  // [n_rows], or null

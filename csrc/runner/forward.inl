@@ -11,8 +11,8 @@
 #include "runner/elementwise.inl"
 #include "runner/linear.inl"
 #include "threads.h"
-#ifdef STRATAKV_AMX
-#include "amx/linear.inl"
+#ifdef __AVX512BF16__
+#include "tiled/linear.inl"
 #endif
 
 namespace stratakv::STRATAKV_ISA {
@@ -74,7 +74,7 @@ class Forwarding {
 
   // Inputs of `n` numbers for a product.
   std::ptrdiff_t input_width(int n) const {
-#ifdef STRATAKV_AMX
+#ifdef __AVX512BF16__
     if (model_.head.is_tiled) return input_pitch(n);
 #endif
     return n;
@@ -83,7 +83,7 @@ class Forwarding {
 
   // What was written as fp32 becomes what products read.
   void settle([[maybe_unused]] float* input, [[maybe_unused]] int n) const {
-#ifdef STRATAKV_AMX
+#ifdef __AVX512BF16__
     if (model_.head.is_tiled) model_.rounds_activations ? settle_input<1>(input, n) : settle_input<kParts>(input, n);
 #endif
   }
@@ -94,7 +94,7 @@ class Forwarding {
   }
 
   void embed(int row) const {
-#ifdef STRATAKV_AMX
+#ifdef __AVX512BF16__
     if (model_.embedding.is_tiled) return copy_tiled_row(model_.embedding, step_.tokens[row], model_.embedding_scale, stream(row));
 #endif
     const std::ptrdiff_t at = std::ptrdiff_t{step_.tokens[row]} * model_.hidden;
@@ -134,7 +134,7 @@ class Forwarding {
   // Whether the matrix is tiled and the product was made.
   bool tiled_product([[maybe_unused]] const Matrix& matrix, [[maybe_unused]] const float* x, [[maybe_unused]] float* y,
                      [[maybe_unused]] std::ptrdiff_t pitch, [[maybe_unused]] bool adds) const {
-#ifdef STRATAKV_AMX
+#ifdef __AVX512BF16__
     if (matrix.is_tiled) {
       tiled(matrix, x, TiledOutput{y, pitch, matrix.n_rows, adds});
       return true;
@@ -143,7 +143,7 @@ class Forwarding {
     return false;
   }
 
-#ifdef STRATAKV_AMX
+#ifdef __AVX512BF16__
   template <typename Output>
   void tiled(const Matrix& matrix, const float* x, const Output& out) const {
     if (model_.rounds_activations) linear_tiled<1>(matrix, x, n_rows_, step_.n_threads, out);
@@ -229,7 +229,7 @@ class Forwarding {
   void transform(int index) const {
     const Layer& layer = model_.layers[index];
     each_row([&](int row) { norm_input(layer.mlp_norm, row); });
-#ifdef STRATAKV_AMX
+#ifdef __AVX512BF16__
     if (layer.gate_up.is_tiled) {
       tiled(layer.gate_up, step_.normed, GatedOutput{step_.produced, model_.intermediate, model_.activation, layer.gate_up.bias});
       return add_product(layer.down, step_.produced, layer.after_mlp_norm, step_.normed);

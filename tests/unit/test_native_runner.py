@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_checks import takes_tiles
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
@@ -122,8 +123,7 @@ def test_weights_of_16_bits_are_rounded_and_nothing_else(isa: str, dtype: torch.
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data = parameter.data.to(dtype).float()
-    # With bf16 weights, AMX takes 16 of the 24 bits of what they are multiplied with.
-    tolerance = 2e-4 if isa == "amx" and dtype == torch.bfloat16 else 2e-5
+    tolerance = 2e-4 if takes_tiles(isa) and dtype == torch.bfloat16 else 2e-5
     for n_sequences in (1, 5, 17):
         tokens = some_tokens(n_sequences, 30)
         found = fed(runner, runner.new_batch(format="fp32"), tokens, [17, 1])
@@ -142,11 +142,11 @@ def test_activations_are_rounded_to_bf16_at_most_and_alike_in_any_cut(isa: str) 
     tokens = some_tokens(5, 30)
     whole, *others = [fed(runner, runner.new_batch(format="fp32"), tokens, cuts) for cuts in ([30], [1], [17, 1], [2])]
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and isa == "amx":
+        if isinstance(module, torch.nn.Linear) and takes_tiles(isa):
             module.register_forward_pre_hook(lambda _, given: (given[0].bfloat16().float(), *given[1:]))
-    # Sums in another order round to the other side now and then, which is a step of bf16 then.
-    for expected in (logits_of(model, tokens), *others):
-        assert (whole - expected).square().mean().sqrt() <= 1e-3 * expected.square().mean().sqrt()
+    # Sums in another order round to the other side now and then, which is a step of bf16 then. All roundings: 5e-3.
+    for expected, allowed in ((logits_of(model, tokens), 2e-3), *((other, 1e-3) for other in others)):
+        assert (whole - expected).square().mean().sqrt() <= allowed * expected.square().mean().sqrt()
     one = [fed(runner, runner.new_batch(format="fp32"), tokens[:1], cuts) for cuts in ([30], [1])]
     assert (one[0] - one[1]).square().mean().sqrt() <= 1e-3 * one[0].square().mean().sqrt()
 

@@ -1,4 +1,4 @@
-// Attention of many queries over many rows by AMX: of bf16 pages as they lie, of others that are split into bf16 parts.
+// Attention of many queries over many rows in tiles: of bf16 pages as they lie, of others that are split into bf16 parts.
 //
 // As in attention/prefill.inl, but for how a tile of rows is taken. Scores come out with rows down and queries across
 // (keys as they lie, times packed queries), so that a register holds one row's scores of 16 queries: maxima, sums and
@@ -8,8 +8,6 @@
 
 #include <cstddef>
 
-#include "amx/exponential.h"
-#include "amx/product.inl"
 #include "attention/arguments.h"
 #include "attention/formats.inl"
 #include "attention/reading.inl"
@@ -18,6 +16,8 @@
 #include "attention/unpack.inl"
 #include "isa/exponential.h"
 #include "isa/small.h"
+#include "tiled/exponential.h"
+#include "tiled/product.inl"
 
 namespace stratakv::STRATAKV_ISA {
 
@@ -249,7 +249,7 @@ class TiledPrefilling {
       float* const to = scores_ + std::ptrdiff_t{r} * kTile;
       float* const other = to + std::ptrdiff_t{kTiledTileRows} * kTile;
       for (int part = 0; part < kRowParts; ++part) {
-        multiply<kOf>({key_rows(part, r), sizes_.k_width}, queries, queries + sizes_.query_panel, sizes_.k_width / kDeep, part > 0,
+        multiply<kOf>(tiles_, {key_rows(part, r), sizes_.k_width}, queries, queries + sizes_.query_panel, sizes_.k_width / kDeep, part > 0,
                       {to, to + kTileSums}, {other, other + kTileSums});
       }
     }
@@ -343,14 +343,14 @@ class TiledPrefilling {
       float* const to = sums_ + std::ptrdiff_t{pair} * 2 * sizes_.sum_panel + d * kTile;
       float* const other = to + sizes_.sum_panel;
       for (int part = 0; part < kRowParts; ++part) {
-        multiply<kOf>({value_rows(part, d) + span.from, kTiledTileRows}, weights, weights + sizes_.weight_panel, n_steps, true,
+        multiply<kOf>(tiles_, {value_rows(part, d) + span.from, kTiledTileRows}, weights, weights + sizes_.weight_panel, n_steps, true,
                       {to, to + kTileSums}, {other, other + kTileSums});
       }
     }
   }
 
   const AttentionArguments& a_;
-  const Tiles tiles_;  // of the thread
+  Tiles tiles_;  // of the thread
   Sizes sizes_;
   BFloat *queries_, *weights_, *keys_, *values_, *split_values_;
   float *scores_, *sums_, *top_, *sum_, *unpacked_;

@@ -3,9 +3,9 @@
 
 #include <cstddef>
 
-#include "amx/tiles.h"
 #include "isa/partial.h"
 #include "isa/small.h"
+#include "tiled/tiles.h"
 
 namespace stratakv::STRATAKV_ISA {
 
@@ -47,56 +47,32 @@ struct TiledRows {
   std::ptrdiff_t stride;  // numbers
 };
 
-// Two tiles of sums [row, column], of the first and the second 16 rows with a panel. `is_begun`: they are added to.
+// Two tiles of sums [row, column], of the first and the second 16 rows with a panel.
 struct TiledSums {
   float* first;
   float* second;
 };
 
-// 32 rows with the panels a and b, over `n_steps` steps.
+// 32 rows with the panels a and b, over `n_steps` steps. `is_begun`: sums are added to.
 template <int kOf>
-inline void multiply(const TiledRows& rows, const BFloat* a, const BFloat* b, std::ptrdiff_t n_steps, bool is_begun, const TiledSums& to_a,
-                     const TiledSums& to_b) {
+inline void multiply(Tiles& tiles, const TiledRows& rows, const BFloat* a, const BFloat* b, std::ptrdiff_t n_steps, bool is_begun,
+                     const TiledSums& to_a, const TiledSums& to_b) {
   if (is_begun) {
-    load_tile<0>(to_a.first);
-    load_tile<1>(to_a.second);
-    load_tile<2>(to_b.first);
-    load_tile<3>(to_b.second);
+    tiles.load<0>(to_a.first);
+    tiles.load<1>(to_b.first);
+    tiles.load<2>(to_a.second);
+    tiles.load<3>(to_b.second);
   } else {
-    zero_tile<0>();
-    zero_tile<1>();
-    zero_tile<2>();
-    zero_tile<3>();
+    tiles.zero<0>();
+    tiles.zero<1>();
+    tiles.zero<2>();
+    tiles.zero<3>();
   }
-  const BFloat* upper = rows.first;
-  const BFloat* lower = rows.first + kTile * rows.stride;
-  const std::ptrdiff_t stride = rows.stride * static_cast<std::ptrdiff_t>(sizeof(BFloat));
-  for (std::ptrdiff_t k = 0; k < n_steps; ++k) {
-    load_tile<4>(upper, stride);
-    load_tile<5>(lower, stride);
-    load_tile<6>(a);
-    load_tile<7>(b);
-    add_product<0, 4, 6>();
-    add_product<1, 5, 6>();
-    add_product<2, 4, 7>();
-    add_product<3, 5, 7>();
-    if constexpr (kOf == kParts) {
-      load_tile<6>(a + kTileNumbers);
-      load_tile<7>(b + kTileNumbers);
-      add_product<0, 4, 6>();
-      add_product<1, 5, 6>();
-      add_product<2, 4, 7>();
-      add_product<3, 5, 7>();
-    }
-    upper += kDeep;
-    lower += kDeep;
-    a += kOf * kTileNumbers;
-    b += kOf * kTileNumbers;
-  }
-  store_tile<0>(to_a.first);
-  store_tile<1>(to_a.second);
-  store_tile<2>(to_b.first);
-  store_tile<3>(to_b.second);
+  tiles.multiply<1, kOf>({rows.first, rows.stride, a, b, kOf * kTileNumbers, n_steps});
+  tiles.store<0>(to_a.first);
+  tiles.store<1>(to_b.first);
+  tiles.store<2>(to_a.second);
+  tiles.store<3>(to_b.second);
 }
 
 }  // namespace stratakv::STRATAKV_ISA

@@ -1,4 +1,4 @@
-// Products of rows with a matrix of bf16 numbers by AMX: y = x W^T.
+// Products of rows with a matrix of bf16 numbers in tiles: y = x W^T.
 //
 // W lies in tiles, in the order in which they are needed, so that it is read in one line: pairs of panels of 16 rows,
 // and in a pair for every 32 columns a tile of either panel, as [two columns, row, 2] (Matrix::is_tiled). x lies in rows
@@ -7,13 +7,13 @@
 
 #include <cstddef>
 
-#include "amx/exponential.h"
-#include "amx/tiles.h"
 #include "isa/partial.h"
 #include "isa/small.h"
 #include "runner/arguments.h"
 #include "runner/elementwise.inl"
 #include "threads.h"
+#include "tiled/exponential.h"
+#include "tiled/tiles.h"
 
 namespace stratakv::STRATAKV_ISA {
 
@@ -37,34 +37,10 @@ inline void settle_input(float* x, int n) {
 // Lines of 64 bytes that W has for a step of 32 columns.
 constexpr int kLinesOfStep = 2 * kTileNumbers * static_cast<int>(sizeof(BFloat)) / 64;
 
-// What is asked for while a product is made: `lines` lines of 64 bytes a step.
-struct Ahead {
-  const char* from;
-  int lines;
-};
-
 // Up to 32 inputs with a pair of panels of W.
-template <int kOf, bool kTwo>
-inline void multiply_pair(const BFloat* x, std::ptrdiff_t pitch, const BFloat* w, std::ptrdiff_t n_steps, Ahead ahead) {
-  const std::ptrdiff_t stride = pitch * static_cast<std::ptrdiff_t>(sizeof(float));
-  const BFloat* const lower = x + kTile * 2 * pitch;
-  for (std::ptrdiff_t k = 0; k < n_steps; ++k, w += 2 * kTileNumbers) {
-    for (int line = 0; line < ahead.lines; ++line, ahead.from += 64) _mm_prefetch(ahead.from, _MM_HINT_T1);
-    load_tile<6>(w);
-    load_tile<7>(w + kTileNumbers);
-    STRATAKV_UNROLL
-    for (int part = 0; part < kOf; ++part) {
-      const std::ptrdiff_t at = (k * kOf + part) * kDeep;
-      load_tile<4>(x + at, stride);
-      add_product<0, 4, 6>();
-      add_product<1, 4, 7>();
-      if constexpr (kTwo) {
-        load_tile<5>(lower + at, stride);
-        add_product<2, 5, 6>();
-        add_product<3, 5, 7>();
-      }
-    }
-  }
+template <int kOf>
+inline void multiply_pair(Tiles& tiles, const BFloat* x, std::ptrdiff_t pitch, const BFloat* w, std::ptrdiff_t n_steps, Ahead ahead) {
+  tiles.multiply<kOf, 1>({x, 2 * pitch, w, w + kTileNumbers, 2 * kTileNumbers, n_steps, ahead});
 }
 
 // Sums go to y [input, row of W], `pitch` numbers from input to input: written, or added to. The tiles 0 and 1 are those of
@@ -76,23 +52,23 @@ struct TiledOutput {
 };
 
 template <int kNumber>
-inline void begin_tile(const TiledOutput& out, float* y, bool is_whole) {
+inline void begin_tile(Tiles& tiles, const TiledOutput& out, float* y, bool is_whole) {
   if (out.adds && is_whole) {
-    load_tile<kNumber>(y, out.pitch * static_cast<std::ptrdiff_t>(sizeof(float)));
+    tiles.load<kNumber>(y, out.pitch * static_cast<std::ptrdiff_t>(sizeof(float)));
   } else {
-    zero_tile<kNumber>();
+    tiles.zero<kNumber>();
   }
 }
 
 // `n` inputs, `some` rows of W.
 template <int kNumber>
-inline void end_tile(const TiledOutput& out, float* y, int n, int some) {
+inline void end_tile(const Tiles& tiles, const TiledOutput& out, float* y, int n, int some) {
   if (some >= kTile) {
-    store_tile<kNumber>(y, out.pitch * static_cast<std::ptrdiff_t>(sizeof(float)));
+    tiles.store<kNumber>(y, out.pitch * static_cast<std::ptrdiff_t>(sizeof(float)));
     return;
   }
   alignas(64) float sums[kTileSums];
-  store_tile<kNumber>(sums);
+  tiles.store<kNumber>(sums);
   for (int i = 0; i < n && some > 0; ++i) {
     const Vec sum = Vec::load(sums + i * kTile);
     float* const to = y + i * out.pitch;
@@ -101,25 +77,25 @@ inline void end_tile(const TiledOutput& out, float* y, int n, int some) {
 }
 
 template <int kOf>
-inline void take(const TiledOutput& out, const BFloat* x, std::ptrdiff_t pitch, int input, int n, const BFloat* w, std::ptrdiff_t pair,
+inline void take(Tiles& tiles, const TiledOutput& out, const BFloat* x, std::ptrdiff_t pitch, int input, int n, const BFloat* w, std::ptrdiff_t pair,
                  std::ptrdiff_t n_steps, Ahead ahead) {
   const std::ptrdiff_t row = pair * kTiledPair;
   const int left = static_cast<int>(smaller<std::ptrdiff_t>(out.n_rows - row, kTiledPair)), right = left - kTile, lower = n - kTile;
   float* const y = out.y + input * out.pitch + row;
   float* const below = y + kTile * out.pitch;
-  begin_tile<0>(out, y, left >= kTile);
-  begin_tile<1>(out, y + kTile, right >= kTile);
+  begin_tile<0>(tiles, out, y, left >= kTile);
+  begin_tile<1>(tiles, out, y + kTile, right >= kTile);
   if (lower > 0) {
-    begin_tile<2>(out, below, left >= kTile);
-    begin_tile<3>(out, below + kTile, right >= kTile);
-    multiply_pair<kOf, true>(x, pitch, w, n_steps, ahead);
-    end_tile<2>(out, below, lower, left);
-    end_tile<3>(out, below + kTile, lower, right);
-  } else {
-    multiply_pair<kOf, false>(x, pitch, w, n_steps, ahead);
+    begin_tile<2>(tiles, out, below, left >= kTile);
+    begin_tile<3>(tiles, out, below + kTile, right >= kTile);
   }
-  end_tile<0>(out, y, smaller(n, kTile), left);
-  end_tile<1>(out, y + kTile, smaller(n, kTile), right);
+  multiply_pair<kOf>(tiles, x, pitch, w, n_steps, ahead);
+  if (lower > 0) {
+    end_tile<2>(tiles, out, below, lower, left);
+    end_tile<3>(tiles, out, below + kTile, lower, right);
+  }
+  end_tile<0>(tiles, out, y, smaller(n, kTile), left);
+  end_tile<1>(tiles, out, y + kTile, smaller(n, kTile), right);
 }
 
 // As `activated`, to 2^-21 or so of the result: what it becomes has 16 bits at most.
@@ -140,10 +116,10 @@ struct GatedOutput {
 };
 
 template <int kOf, int kGates, int kUps>
-inline void end_gated(const GatedOutput& out, int input, int n, std::ptrdiff_t pair) {
+inline void end_gated(const Tiles& tiles, const GatedOutput& out, int input, int n, std::ptrdiff_t pair) {
   alignas(64) float gates[kTileSums], ups[kTileSums];
-  store_tile<kGates>(gates);
-  store_tile<kUps>(ups);
+  tiles.store<kGates>(gates);
+  tiles.store<kUps>(ups);
   const int at = static_cast<int>(pair) * kTile, some = larger(out.n - at, 0);  // none where a pair is only half full
   const std::ptrdiff_t pitch = input_pitch(out.n);
   Vec gate_bias = Vec::zero(), up_bias = Vec::zero();
@@ -164,19 +140,17 @@ inline void end_gated(const GatedOutput& out, int input, int n, std::ptrdiff_t p
 }
 
 template <int kOf>
-inline void take(const GatedOutput& out, const BFloat* x, std::ptrdiff_t pitch, int input, int n, const BFloat* w, std::ptrdiff_t pair,
-                 std::ptrdiff_t n_steps, Ahead ahead) {
-  zero_tile<0>();
-  zero_tile<1>();
-  if (n <= kTile) {
-    multiply_pair<kOf, false>(x, pitch, w, n_steps, ahead);
-    return end_gated<kOf, 0, 1>(out, input, n, pair);
+inline void take(Tiles& tiles, const GatedOutput& out, const BFloat* x, std::ptrdiff_t pitch, int input, int n, const BFloat* w,
+                 std::ptrdiff_t pair, std::ptrdiff_t n_steps, Ahead ahead) {
+  tiles.zero<0>();
+  tiles.zero<1>();
+  if (n > kTile) {
+    tiles.zero<2>();
+    tiles.zero<3>();
   }
-  zero_tile<2>();
-  zero_tile<3>();
-  multiply_pair<kOf, true>(x, pitch, w, n_steps, ahead);
-  end_gated<kOf, 0, 1>(out, input, kTile, pair);
-  end_gated<kOf, 2, 3>(out, input + kTile, n - kTile, pair);
+  multiply_pair<kOf>(tiles, x, pitch, w, n_steps, ahead);
+  end_gated<kOf, 0, 1>(tiles, out, input, smaller(n, kTile), pair);
+  if (n > kTile) end_gated<kOf, 2, 3>(tiles, out, input + kTile, n - kTile, pair);
 }
 
 // All inputs, settled, with a matrix. Each thread takes a stretch of W.
@@ -193,7 +167,7 @@ inline void linear_tiled(const Matrix& matrix, const float* x, int n_inputs, int
       for (int input = 0; input < n_inputs; input += kTiledPair, ahead.from += lines * n_steps * 64) {
         const int n = smaller(kTiledPair, n_inputs - input);
         tiles.have_rows(n);
-        take<kOf>(out, reinterpret_cast<const BFloat*>(x + input * pitch), pitch, input, n, w, pair, n_steps, ahead);
+        take<kOf>(tiles, out, reinterpret_cast<const BFloat*>(x + input * pitch), pitch, input, n, w, pair, n_steps, ahead);
       }
     }
   });

@@ -1,0 +1,131 @@
+// The same as tile registers, by dot products of bf16 pairs in registers of AVX-512: sums are kept in memory between
+// products, and in registers meanwhile.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstring>
+
+#include "isa/small.h"
+#include "numbers.h"
+#include "tiled/parts.h"
+
+namespace stratakv::STRATAKV_ISA {
+
+// The tiles 0 and 1 are sums [row, column] of the first 16 rows with either panel, 2 and 3 those of the other rows.
+// Strides are bytes from one row to the next.
+class Tiles {
+ public:
+  // Products have so many rows, at most 32, which is how many they have at first.
+  void have_rows(int n) { n_ = n; }
+
+  template <int kNumber>
+  void zero() {
+    fill(sums_[kNumber], kTileSums, 0.0f);
+  }
+
+  template <int kNumber>
+  void load(const float* rows, std::ptrdiff_t stride = 64) {
+    for (int i = 0; i < rows_of(kNumber); ++i) Vec::load(at(rows, i * stride)).store(sums_[kNumber] + i * kTile);
+  }
+
+  template <int kNumber>
+  void store(float* rows, std::ptrdiff_t stride = 64) const {
+    for (int i = 0; i < rows_of(kNumber); ++i) Vec::load(sums_[kNumber] + i * kTile).store(at(rows, i * stride));
+  }
+
+  // The product of the rows with both panels is added to the sums.
+  template <int kRowParts, int kPanelParts>
+  void multiply(Factors f) {
+    for (int row = 0; row < n_; row += kRowsAtOnce, f.ahead.lines = 0) {
+      multiply_some<kRowsAtOnce, kRowParts, kPanelParts>(f, row, n_ - row);
+    }
+  }
+
+ private:
+  static constexpr int kRowsAtOnce = 12;  // with both panels 24 sums, of 32 registers
+  static constexpr int kRowsInLine = 8;   // so few that memory is waited for
+
+  int rows_of(int tile) const { return between(n_ - tile / 2 * kTile, 0, kTile); }
+
+  template <typename T>
+  static T* at(T* rows, std::ptrdiff_t bytes) {
+    return rows + bytes / static_cast<std::ptrdiff_t>(sizeof(float));
+  }
+
+  float* sums(int panel, int row) { return sums_[row / kTile * 2 + panel] + row % kTile * kTile; }
+
+  // The first `n` rows from `row` on, at most kMost.
+  template <int kMost, int kRowParts, int kPanelParts>
+  void multiply_some(const Factors& f, int row, int n) {
+    if constexpr (kMost > 1) {
+      if (n < kMost) return multiply_some<kMost - 1, kRowParts, kPanelParts>(f, row, n);
+    }
+    multiply_rows<kMost, kRowParts, kPanelParts>(f, row);
+  }
+
+  template <int kRows, int kRowParts, int kPanelParts>
+  void multiply_rows(const Factors& f, int row) {
+    __m512 of_a[kRows], of_b[kRows];
+    STRATAKV_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      of_a[i] = _mm512_load_ps(sums(0, row + i));
+      of_b[i] = _mm512_load_ps(sums(1, row + i));
+    }
+    const BFloat *x = f.rows + row * f.row_pitch, *a = f.a, *b = f.b;
+    const char* ahead = f.ahead.from;
+    for (std::ptrdiff_t k = 0; k < f.n_steps; ++k, x += kRowParts * kDeep, a += f.panel_pitch, b += f.panel_pitch) {
+      for (int line = 0; line < f.ahead.lines; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+      for (int part = 0; part < kRowParts * kPanelParts; ++part) {  // either has only one
+        const BFloat* const of_rows = kRowParts > 1 ? x + part * kDeep : x;
+        const std::ptrdiff_t of_panel = kPanelParts > 1 ? part * kTileNumbers : 0;
+        if constexpr (kRows <= kRowsInLine) {
+          add_panel(of_rows, f.row_pitch, a + of_panel, of_a);
+          add_panel(of_rows, f.row_pitch, b + of_panel, of_b);
+          continue;
+        }
+        for (int d = 0; d < kDeep; d += 2) {
+          const __m512i from_a = _mm512_loadu_si512(a + of_panel + d * kTile), from_b = _mm512_loadu_si512(b + of_panel + d * kTile);
+          STRATAKV_UNROLL
+          for (int i = 0; i < kRows; ++i) {
+            const __m512i pair = pair_at(of_rows + i * f.row_pitch + d);
+            of_a[i] = dot(of_a[i], pair, from_a);
+            of_b[i] = dot(of_b[i], pair, from_b);
+          }
+        }
+      }
+    }
+    STRATAKV_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      _mm512_store_ps(sums(0, row + i), of_a[i]);
+      _mm512_store_ps(sums(1, row + i), of_b[i]);
+    }
+  }
+
+  // One panel's share of a step, line after line: unrolled, its lines would be read in another order, which takes a
+  // third to a half longer from memory.
+  template <int kRows>
+  static void add_panel(const BFloat* rows, std::ptrdiff_t pitch, const BFloat* panel, __m512 (&sums)[kRows]) {
+#pragma GCC unroll 1
+    for (int d = 0; d < kDeep; d += 2) {
+      const __m512i columns = _mm512_loadu_si512(panel + d * kTile);
+      STRATAKV_UNROLL
+      for (int i = 0; i < kRows; ++i) sums[i] = dot(sums[i], pair_at(rows + i * pitch + d), columns);
+    }
+  }
+
+  static __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
+  // Two numbers, everywhere.
+  static __m512i pair_at(const BFloat* p) {
+    int pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return _mm512_set1_epi32(pair);
+  }
+
+  alignas(64) float sums_[4][kTileSums];
+  int n_ = kTiledPair;
+};
+
+}  // namespace stratakv::STRATAKV_ISA
