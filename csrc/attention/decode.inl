@@ -26,7 +26,15 @@ constexpr int kLeastRows = 256;
 // The blocks of a tile take turns by so many rows where that is faster. Processors fetch some 20 lines ahead of each line
 // of reading, and those with wide registers compute so fast that one line is not enough: two give them twice as many.
 constexpr int kTurn = 8;
-constexpr bool kTakesTurns = Vec::kWidth >= 16;
+
+// AMD's processors are faster in one line, those with wide registers, too.
+inline bool prefers_turns() {
+#ifdef __AVX512F__
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
 
 // Query i of a sequence.
 inline Query query_of(const AttentionArguments& a, int i) { return {i % a.n_new, i / a.n_new}; }
@@ -194,7 +202,7 @@ class Decoding {
     constexpr int kMost = kTileRows / kTurn + 1;
     const int span = a.pages.block_tokens;
     Stretch stretches[kMost];
-    const bool takes_turns = (kTakesTurns || kRowsOfTurn == kTileRows) && span >= kTurn;
+    const bool takes_turns = (prefers_turns() || kRowsOfTurn == kTileRows) && span >= kTurn;
     int n = 0, most = 0;
     const int last = (a.rows.counts[sequence_] - 1) / span, later = takes_turns ? (kTileRows + span - 1) / span : 1;
     for (int row = from; row < to;) {
