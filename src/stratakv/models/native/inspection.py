@@ -196,7 +196,8 @@ def calls_more(module: Any) -> bool:
 def _is_patch(module: Any, name: str, function: Any) -> bool:
     """Whether a function of an instance hides another one of its class. Recorders may have put that back."""
     own = getattr(type(module), name, _NOTHING)
-    return own is not _NOTHING and (getattr(function, "__func__", None) is not own or function.__self__ is not module)
+    is_own = getattr(function, "__func__", function) is own and getattr(function, "__self__", module) is module
+    return own is not _NOTHING and not is_own
 
 
 def _check_attention(config: Any) -> None:
