@@ -24,6 +24,9 @@ struct TileConfig {
 // 2 and 3 those of the other rows. Strides are bytes from one row to the next.
 class Tiles {
  public:
+  // Whether products of numbers in two parts are faster than those of fp32.
+  static constexpr bool kSplitsPay = true;
+
   Tiles() { have_rows(kTiledPair); }
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;

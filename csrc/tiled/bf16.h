@@ -17,6 +17,9 @@ namespace stratakv::STRATAKV_ISA {
 // Strides are bytes from one row to the next.
 class Tiles {
  public:
+  // Whether products of numbers in two parts are faster than those of fp32.
+  static constexpr bool kSplitsPay = false;
+
   // Products have so many rows, at most 32, which is how many they have at first.
   void have_rows(int n) { n_ = n; }
 
@@ -67,6 +70,7 @@ class Tiles {
 
   template <int kRows, int kRowParts, int kPanelParts>
   void multiply_rows(const Factors& f, int row) {
+    static_assert(kRowParts == 1 || kPanelParts == 1);
     __m512 of_a[kRows], of_b[kRows];
     STRATAKV_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -77,7 +81,7 @@ class Tiles {
     const char* ahead = f.ahead.from;
     for (std::ptrdiff_t k = 0; k < f.n_steps; ++k, x += kRowParts * kDeep, a += f.panel_pitch, b += f.panel_pitch) {
       for (int line = 0; line < f.ahead.lines; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
-      for (int part = 0; part < kRowParts * kPanelParts; ++part) {  // either has only one
+      for (int part = 0; part < kRowParts * kPanelParts; ++part) {
         const BFloat* const of_rows = kRowParts > 1 ? x + part * kDeep : x;
         const std::ptrdiff_t of_panel = kPanelParts > 1 ? part * kTileNumbers : 0;
         if constexpr (kRows <= kRowsInLine) {

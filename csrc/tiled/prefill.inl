@@ -36,8 +36,8 @@ inline Vec weight_of(Vec x, Vec base) {
 // Whether a call has neither masks nor slopes, which differ between queries and rows, nor fp32 rows, which have more bits
 // than two parts: the kernel of plain registers has all that.
 inline bool is_for_tiles(const AttentionArguments& a) {
-  return a.pages.k_type != NumberType::kFloat && a.pages.v_type != NumberType::kFloat && a.mask.kind == MaskKind::kNone &&
-         a.rules.slopes == nullptr;
+  return (Tiles::kSplitsPay || a.rounds) && a.pages.k_type != NumberType::kFloat && a.pages.v_type != NumberType::kFloat &&
+         a.mask.kind == MaskKind::kNone && a.rules.slopes == nullptr;
 }
 
 // A call, seen from one thread. Queries and weights are split into kOf parts, and rows of other formats than bf16.
