@@ -269,8 +269,10 @@ inline bool unpacks(const AttentionArguments& a) { return !is_plain(a.pages.k_ty
 template <typename Function>
 auto with_tiles(const AttentionArguments& a, const Function& function) {
   const bool is_bfloat = a.pages.k_type == NumberType::kBFloat && a.pages.v_type == NumberType::kBFloat;
-  if (a.rounds) return is_bfloat ? function(std::type_identity<TiledPrefilling<1, false>>()) : function(std::type_identity<TiledPrefilling<1, true>>());
-  return is_bfloat ? function(std::type_identity<TiledPrefilling<kParts, false>>()) : function(std::type_identity<TiledPrefilling<kParts, true>>());
+  if constexpr (Tiles::kSplitsPay) {
+    if (!a.rounds) return is_bfloat ? function(std::type_identity<TiledPrefilling<kParts, false>>()) : function(std::type_identity<TiledPrefilling<kParts, true>>());
+  }
+  return is_bfloat ? function(std::type_identity<TiledPrefilling<1, false>>()) : function(std::type_identity<TiledPrefilling<1, true>>());
 }
 #endif
 

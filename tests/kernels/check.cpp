@@ -205,7 +205,7 @@ struct Call {
   // Tiles take 16 of the 24 bits of queries and weights.
   bool is_packed() const { return !is_plain(k_type) || !is_plain(v_type); }
   bool is_tiled(const Kernels& kernels) const {
-    return kernels.tiles_bf16 && k_type != NumberType::kFloat && v_type != NumberType::kFloat;
+    return std::string(kernels.isa) == "amx" && k_type != NumberType::kFloat && v_type != NumberType::kFloat;
   }
 
   // Of one row of the slab: row r of a sequence's keys (or values) for one head.

@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_checks import takes_tiles
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
 from stratakv.blocks.batch import SequenceBatch
 from stratakv.errors import CapacityError, ConfigurationError, UnsupportedError
-from stratakv.extension import instruction_sets, is_built
+from stratakv.extension import instruction_sets, is_built, load_kernels
 from stratakv.integrations.transformers import KVCache
 from stratakv.integrations.transformers.compat import cache_keyword
 from stratakv.models.native import NativeRunner
@@ -61,6 +60,11 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gemma2": partial(tiny_gemma2, window=9),
     "gemma3": partial(tiny_gemma3, window=9),
 }
+
+
+def takes_tiles(isa: str) -> bool:
+    """Whether it multiplies bf16 matrices with bf16 numbers."""
+    return bool(load_kernels(isa)[0].tiles_bf16(isa))
 
 
 def drawn(name: str) -> Any:
