@@ -49,7 +49,7 @@ class Snapshot:
         parts = [
             (held, name, part)
             for module in everything
-            for held in (module._modules, module._parameters, module._buffers)
+            for held in map(vars(module).get, _PARTS)
             for name, part in held.items()
         ]
         self._tensors = [part for _, _, part in parts if isinstance(part, Tensor)]
@@ -139,9 +139,7 @@ class Snapshot:
 class _Column:
     """Where things are, under which names, and which they are."""
 
-    def __init__(
-        self, entries: Sequence[tuple[Mapping[str, Any], str, Any]], get: Callable[..., Any] = dict.get
-    ) -> None:
+    def __init__(self, entries: Sequence[tuple[Mapping[str, Any], str, Any]], get: Callable[..., Any] = _GET) -> None:
         self._holders, self._names, self._things = (tuple(each[i] for each in entries) for i in range(3))
         self._get = get
 

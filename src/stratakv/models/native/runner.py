@@ -37,8 +37,8 @@ class NativeRunner:
             later does not reach the runner. It runs as in evaluation mode.
         dtype: of the matrices: torch.bfloat16, torch.float16 or torch.float32. All sums are in fp32.
         exact: keep 16 bits of activations that meet bf16 matrices, where the processor would multiply their rounding to
-            bf16 (AMX and AVX-512 with bf16 do): a prompt takes half as long again. Others multiply in fp32 in either
-            case.
+            bf16 (AMX and AVX-512 with bf16 do): a prompt takes 1.5 to 1.8 times as long. Others multiply in fp32 in
+            either case.
         isa: as for `CpuBackend`.
 
     Raises:
