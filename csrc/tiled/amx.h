@@ -20,12 +20,15 @@ struct TileConfig {
   std::uint8_t n_rows[16];
 };
 
-// While it lives, the thread has its tiles. The tiles 0 and 1 are sums [row, column] of the first 16 rows with either panel,
-// 2 and 3 those of the other rows. Strides are bytes from one row to the next.
+// While it lives, the thread has its tiles. The tiles 0 and 1 are sums of the first 16 rows with either panel, 2 and 3 those
+// of the other rows. Strides are bytes from one row to the next.
 class Tiles {
  public:
   // Whether products of numbers in two parts are faster than those of fp32.
   static constexpr bool kSplitsPay = true;
+
+  // Inputs of a product with a matrix, at most.
+  static constexpr int kInputs = kTiledPair;
 
   Tiles() { have_rows(kTiledPair); }
   ~Tiles() { _tile_release(); }
@@ -46,6 +49,20 @@ class Tiles {
     asm volatile("ldtilecfg %0" ::"m"(config));  // all of it, of which GCC 12's own knows the first 8 bytes only
   }
 
+  // The product of the rows with both panels: written, or added to what is there.
+  template <int kRowParts, int kPanelParts>
+  void multiply(const Factors& f, const TiledSums& sums, bool adds) {
+    n_ > kTile ? multiply<kRowParts, kPanelParts, true>(f, sums, adds) : multiply<kRowParts, kPanelParts, false>(f, sums, adds);
+  }
+
+  // Linux gives a process the tiles' registers on demand.
+  static bool are_permitted() {
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    static const bool permitted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return permitted;
+  }
+
+ private:
   // These are what the intrinsics are, but that the compiler knows of memory that is read (GCC 12 does not, and moves stores
   // behind it), and that numbers of tiles may come from templates.
   template <int kNumber>
@@ -63,27 +80,26 @@ class Tiles {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(rows), "r"(stride), "i"(kNumber) : "memory");
   }
 
-  // The product of the rows with both panels is added to the sums.
-  template <int kRowParts, int kPanelParts>
-  void multiply(const Factors& f) {
-    n_ > kTile ? multiply<kRowParts, kPanelParts, true>(f) : multiply<kRowParts, kPanelParts, false>(f);
-  }
-
-  // Linux gives a process the tiles' registers on demand.
-  static bool are_permitted() {
-    constexpr long request_permission = 0x1023, tile_data = 18;
-    static const bool permitted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-    return permitted;
-  }
-
- private:
   template <int kSums, int kRows, int kColumns>
   void add_product() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kRows), "i"(kColumns));
   }
 
+  template <int kNumber>
+  void begin(const float* sums, std::ptrdiff_t stride, bool adds) {
+    adds ? load<kNumber>(sums, stride) : zero<kNumber>();
+  }
+
   template <int kRowParts, int kPanelParts, bool kTwo>
-  void multiply(const Factors& f) {
+  void multiply(const Factors& f, const TiledSums& sums, bool adds) {
+    const std::ptrdiff_t width = sums.pitch * static_cast<std::ptrdiff_t>(sizeof(float));
+    float *const lower_a = sums.a + kTile * sums.pitch, *const lower_b = sums.b + kTile * sums.pitch;
+    begin<0>(sums.a, width, adds);
+    begin<1>(sums.b, width, adds);
+    if constexpr (kTwo) {
+      begin<2>(lower_a, width, adds);
+      begin<3>(lower_b, width, adds);
+    }
     const std::ptrdiff_t stride = f.row_pitch * static_cast<std::ptrdiff_t>(sizeof(BFloat));
     const BFloat *upper = f.rows, *lower = f.rows + kTile * f.row_pitch, *a = f.a, *b = f.b;
     const char* ahead = f.ahead.from;
@@ -112,6 +128,12 @@ class Tiles {
       a += f.panel_pitch;
       b += f.panel_pitch;
     }
+    if constexpr (kTwo) {
+      store<2>(lower_a, width);
+      store<3>(lower_b, width);
+    }
+    store<0>(sums.a, width);
+    store<1>(sums.b, width);
   }
 
   int n_ = 0;

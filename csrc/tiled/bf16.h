@@ -1,5 +1,4 @@
-// The same as tile registers, by dot products of bf16 pairs in registers of AVX-512: sums are kept in memory between
-// products, and in registers meanwhile.
+// The same as by tile registers, by dot products of bf16 pairs in registers of AVX-512.
 #pragma once
 
 #include <immintrin.h>
@@ -13,36 +12,22 @@
 
 namespace stratakv::STRATAKV_ISA {
 
-// The tiles 0 and 1 are sums [row, column] of the first 16 rows with either panel, 2 and 3 those of the other rows.
-// Strides are bytes from one row to the next.
 class Tiles {
  public:
   // Whether products of numbers in two parts are faster than those of fp32.
   static constexpr bool kSplitsPay = false;
 
+  // Inputs of a product with a matrix, at most.
+  static constexpr int kInputs = 24;
+
   // Products have so many rows, at most 32, which is how many they have at first.
   void have_rows(int n) { n_ = n; }
 
-  template <int kNumber>
-  void zero() {
-    fill(sums_[kNumber], kTileSums, 0.0f);
-  }
-
-  template <int kNumber>
-  void load(const float* rows, std::ptrdiff_t stride = 64) {
-    for (int i = 0; i < rows_of(kNumber); ++i) Vec::load(at(rows, i * stride)).store(sums_[kNumber] + i * kTile);
-  }
-
-  template <int kNumber>
-  void store(float* rows, std::ptrdiff_t stride = 64) const {
-    for (int i = 0; i < rows_of(kNumber); ++i) Vec::load(sums_[kNumber] + i * kTile).store(at(rows, i * stride));
-  }
-
-  // The product of the rows with both panels is added to the sums.
+  // The product of the rows with both panels: written, or added to what is there.
   template <int kRowParts, int kPanelParts>
-  void multiply(Factors f) {
+  void multiply(Factors f, const TiledSums& sums, bool adds) {
     for (int row = 0; row < n_; row += kRowsAtOnce, f.ahead.lines = 0) {
-      multiply_some<kRowsAtOnce, kRowParts, kPanelParts>(f, row, n_ - row);
+      multiply_some<kRowsAtOnce, kRowParts, kPanelParts>(f, row, n_ - row, sums, adds);
     }
   }
 
@@ -50,32 +35,24 @@ class Tiles {
   static constexpr int kRowsAtOnce = 12;  // with both panels 24 sums, of 32 registers
   static constexpr int kRowsInLine = 8;   // so few that memory is waited for
 
-  int rows_of(int tile) const { return between(n_ - tile / 2 * kTile, 0, kTile); }
-
-  template <typename T>
-  static T* at(T* rows, std::ptrdiff_t bytes) {
-    return rows + bytes / static_cast<std::ptrdiff_t>(sizeof(float));
-  }
-
-  float* sums(int panel, int row) { return sums_[row / kTile * 2 + panel] + row % kTile * kTile; }
-
   // The first `n` rows from `row` on, at most kMost.
   template <int kMost, int kRowParts, int kPanelParts>
-  void multiply_some(const Factors& f, int row, int n) {
+  void multiply_some(const Factors& f, int row, int n, const TiledSums& sums, bool adds) {
     if constexpr (kMost > 1) {
-      if (n < kMost) return multiply_some<kMost - 1, kRowParts, kPanelParts>(f, row, n);
+      if (n < kMost) return multiply_some<kMost - 1, kRowParts, kPanelParts>(f, row, n, sums, adds);
     }
-    multiply_rows<kMost, kRowParts, kPanelParts>(f, row);
+    multiply_rows<kMost, kRowParts, kPanelParts>(f, row, sums, adds);
   }
 
   template <int kRows, int kRowParts, int kPanelParts>
-  void multiply_rows(const Factors& f, int row) {
+  void multiply_rows(const Factors& f, int row, const TiledSums& sums, bool adds) {
     static_assert(kRowParts == 1 || kPanelParts == 1);
     __m512 of_a[kRows], of_b[kRows];
+    float *const to_a = sums.a + row * sums.pitch, *const to_b = sums.b + row * sums.pitch;
     STRATAKV_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      of_a[i] = _mm512_load_ps(sums(0, row + i));
-      of_b[i] = _mm512_load_ps(sums(1, row + i));
+      of_a[i] = adds ? _mm512_loadu_ps(to_a + i * sums.pitch) : _mm512_setzero_ps();
+      of_b[i] = adds ? _mm512_loadu_ps(to_b + i * sums.pitch) : _mm512_setzero_ps();
     }
     const BFloat *x = f.rows + row * f.row_pitch, *a = f.a, *b = f.b;
     const char* ahead = f.ahead.from;
@@ -102,8 +79,8 @@ class Tiles {
     }
     STRATAKV_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      _mm512_store_ps(sums(0, row + i), of_a[i]);
-      _mm512_store_ps(sums(1, row + i), of_b[i]);
+      _mm512_storeu_ps(to_a + i * sums.pitch, of_a[i]);
+      _mm512_storeu_ps(to_b + i * sums.pitch, of_b[i]);
     }
   }
 
@@ -128,7 +105,6 @@ class Tiles {
     return _mm512_set1_epi32(pair);
   }
 
-  alignas(64) float sums_[4][kTileSums];
   int n_ = kTiledPair;
 };
 

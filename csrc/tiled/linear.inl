@@ -37,65 +37,41 @@ inline void settle_input(float* x, int n) {
 // Lines of 64 bytes that W has for a step of 32 columns.
 constexpr int kLinesOfStep = 2 * kTileNumbers * static_cast<int>(sizeof(BFloat)) / 64;
 
-// Up to 32 inputs with a pair of panels of W.
+// Inputs, at most 32, and a pair of panels of W with which they are multiplied.
+struct TiledFactors {
+  const float* x;
+  int n;
+  std::ptrdiff_t pitch;
+  const BFloat* w;
+  std::ptrdiff_t n_steps;
+  Ahead ahead;
+};
+
 template <int kOf>
-inline void multiply_pair(Tiles& tiles, const BFloat* x, std::ptrdiff_t pitch, const BFloat* w, std::ptrdiff_t n_steps, Ahead ahead) {
-  tiles.multiply<kOf, 1>({x, 2 * pitch, w, w + kTileNumbers, 2 * kTileNumbers, n_steps, ahead});
+inline void multiply_pair(Tiles& tiles, const TiledFactors& f, const TiledSums& sums, bool adds) {
+  tiles.multiply<kOf, 1>({reinterpret_cast<const BFloat*>(f.x), 2 * f.pitch, f.w, f.w + kTileNumbers, 2 * kTileNumbers, f.n_steps, f.ahead}, sums,
+                         adds);
 }
 
-// Sums go to y [input, row of W], `pitch` numbers from input to input: written, or added to. The tiles 0 and 1 are those of
-// the first 16 inputs with either panel of a pair, 2 and 3 those of the others.
+// TiledSums go to y [input, row of W], `pitch` numbers from input to input: written, or added to.
 struct TiledOutput {
   float* y;
   std::ptrdiff_t pitch, n_rows;
   bool adds;
 };
 
-template <int kNumber>
-inline void begin_tile(Tiles& tiles, const TiledOutput& out, float* y, bool is_whole) {
-  if (out.adds && is_whole) {
-    tiles.load<kNumber>(y, out.pitch * static_cast<std::ptrdiff_t>(sizeof(float)));
-  } else {
-    tiles.zero<kNumber>();
-  }
-}
-
-// `n` inputs, `some` rows of W.
-template <int kNumber>
-inline void end_tile(const Tiles& tiles, const TiledOutput& out, float* y, int n, int some) {
-  if (some >= kTile) {
-    tiles.store<kNumber>(y, out.pitch * static_cast<std::ptrdiff_t>(sizeof(float)));
-    return;
-  }
-  alignas(64) float sums[kTileSums];
-  tiles.store<kNumber>(sums);
-  for (int i = 0; i < n && some > 0; ++i) {
-    const Vec sum = Vec::load(sums + i * kTile);
-    float* const to = y + i * out.pitch;
-    store_up_to(out.adds ? sum + load_up_to(to, some) : sum, to, some);
-  }
-}
-
+// Inputs from `input` on with a pair.
 template <int kOf>
-inline void take(Tiles& tiles, const TiledOutput& out, const BFloat* x, std::ptrdiff_t pitch, int input, int n, const BFloat* w, std::ptrdiff_t pair,
-                 std::ptrdiff_t n_steps, Ahead ahead) {
+inline void take(Tiles& tiles, const TiledOutput& out, const TiledFactors& f, int input, std::ptrdiff_t pair) {
   const std::ptrdiff_t row = pair * kTiledPair;
-  const int left = static_cast<int>(smaller<std::ptrdiff_t>(out.n_rows - row, kTiledPair)), right = left - kTile, lower = n - kTile;
+  const int some = static_cast<int>(smaller<std::ptrdiff_t>(out.n_rows - row, kTiledPair));
   float* const y = out.y + input * out.pitch + row;
-  float* const below = y + kTile * out.pitch;
-  begin_tile<0>(tiles, out, y, left >= kTile);
-  begin_tile<1>(tiles, out, y + kTile, right >= kTile);
-  if (lower > 0) {
-    begin_tile<2>(tiles, out, below, left >= kTile);
-    begin_tile<3>(tiles, out, below + kTile, right >= kTile);
+  if (some == kTiledPair) return multiply_pair<kOf>(tiles, f, {y, y + kTile, out.pitch}, out.adds);
+  alignas(64) float sums[kTiledPair * kTiledPair];
+  multiply_pair<kOf>(tiles, f, {sums, sums + kTile, kTiledPair}, false);
+  for (int i = 0; i < f.n; ++i) {
+    for (int j = 0; j < some; ++j) y[i * out.pitch + j] = sums[i * kTiledPair + j] + (out.adds ? y[i * out.pitch + j] : 0.0f);
   }
-  multiply_pair<kOf>(tiles, x, pitch, w, n_steps, ahead);
-  if (lower > 0) {
-    end_tile<2>(tiles, out, below, lower, left);
-    end_tile<3>(tiles, out, below + kTile, lower, right);
-  }
-  end_tile<0>(tiles, out, y, smaller(n, kTile), left);
-  end_tile<1>(tiles, out, y + kTile, smaller(n, kTile), right);
 }
 
 // As `activated`, to 2^-21 or so of the result: what it becomes has 16 bits at most.
@@ -115,11 +91,10 @@ struct GatedOutput {
   const float* bias;  // [2 n]: of the gates, then of the ups; or null
 };
 
-template <int kOf, int kGates, int kUps>
-inline void end_gated(const Tiles& tiles, const GatedOutput& out, int input, int n, std::ptrdiff_t pair) {
-  alignas(64) float gates[kTileSums], ups[kTileSums];
-  tiles.store<kGates>(gates);
-  tiles.store<kUps>(ups);
+template <int kOf>
+inline void take(Tiles& tiles, const GatedOutput& out, const TiledFactors& f, int input, std::ptrdiff_t pair) {
+  alignas(64) float gates[kTiledPair * kTile], ups[kTiledPair * kTile];
+  multiply_pair<kOf>(tiles, f, {gates, ups, kTile}, false);
   const int at = static_cast<int>(pair) * kTile, some = larger(out.n - at, 0);  // none where a pair is only half full
   const std::ptrdiff_t pitch = input_pitch(out.n);
   Vec gate_bias = Vec::zero(), up_bias = Vec::zero();
@@ -127,7 +102,7 @@ inline void end_gated(const Tiles& tiles, const GatedOutput& out, int input, int
     gate_bias = load_up_to(out.bias + at, some);
     up_bias = load_up_to(out.bias + out.n + at, some);
   }
-  for (int i = 0; i < n; ++i) {
+  for (int i = 0; i < f.n; ++i) {
     const Vec gate = Vec::load(gates + i * kTile) + gate_bias, up = Vec::load(ups + i * kTile) + up_bias;
     const Vec y = tiled_activation(out.activation, gate) * up;  // behind the last number both are zero
     BFloat* const to = reinterpret_cast<BFloat*>(out.next + (input + i) * pitch) + at / kDeep * kOf * kDeep + at % kDeep;
@@ -139,35 +114,21 @@ inline void end_gated(const Tiles& tiles, const GatedOutput& out, int input, int
   }
 }
 
-template <int kOf>
-inline void take(Tiles& tiles, const GatedOutput& out, const BFloat* x, std::ptrdiff_t pitch, int input, int n, const BFloat* w,
-                 std::ptrdiff_t pair, std::ptrdiff_t n_steps, Ahead ahead) {
-  tiles.zero<0>();
-  tiles.zero<1>();
-  if (n > kTile) {
-    tiles.zero<2>();
-    tiles.zero<3>();
-  }
-  multiply_pair<kOf>(tiles, x, pitch, w, n_steps, ahead);
-  end_gated<kOf, 0, 1>(tiles, out, input, smaller(n, kTile), pair);
-  if (n > kTile) end_gated<kOf, 2, 3>(tiles, out, input + kTile, n - kTile, pair);
-}
-
 // All inputs, settled, with a matrix. Each thread takes a stretch of W.
 template <int kOf, typename Output>
 inline void linear_tiled(const Matrix& matrix, const float* x, int n_inputs, int n_threads, const Output& out) {
-  const std::ptrdiff_t pitch = input_pitch(matrix.n_columns), n_steps = whole_steps(matrix.n_columns);
+  const std::ptrdiff_t pitch = input_pitch(matrix.n_columns), n_steps = whole_steps(matrix.n_columns), numbers = n_steps * 2 * kTileNumbers;
   const std::ptrdiff_t n_pairs = (matrix.n_rows + kTiledPair - 1) / kTiledPair;
+  const int lines = kLinesOfStep / ((n_inputs + Tiles::kInputs - 1) / Tiles::kInputs);
   in_parallel(n_threads, [&](int thread) {
     Tiles tiles;
     for (std::ptrdiff_t pair = n_pairs * thread / n_threads; pair < n_pairs * (thread + 1) / n_threads; ++pair) {
-      const BFloat* const w = static_cast<const BFloat*>(matrix.data) + pair * n_steps * 2 * kTileNumbers;
-      const int n_blocks = (n_inputs + kTiledPair - 1) / kTiledPair, lines = kLinesOfStep / n_blocks;
-      Ahead ahead{reinterpret_cast<const char*>(w + n_steps * 2 * kTileNumbers), lines};
-      for (int input = 0; input < n_inputs; input += kTiledPair, ahead.from += lines * n_steps * 64) {
-        const int n = smaller(kTiledPair, n_inputs - input);
+      const BFloat* const w = static_cast<const BFloat*>(matrix.data) + pair * numbers;
+      Ahead ahead{reinterpret_cast<const char*>(w + numbers), lines};
+      for (int input = 0; input < n_inputs; input += Tiles::kInputs, ahead.from += lines * n_steps * 64) {
+        const int n = smaller(Tiles::kInputs, n_inputs - input);
         tiles.have_rows(n);
-        take<kOf>(tiles, out, reinterpret_cast<const BFloat*>(x + input * pitch), pitch, input, n, w, pair, n_steps, ahead);
+        take<kOf>(tiles, out, {x + input * pitch, n, pitch, w, n_steps, ahead}, input, pair);
       }
     }
   });

@@ -34,6 +34,12 @@ struct Factors {
   Ahead ahead{nullptr, 0};
 };
 
+// What comes out: [row, column] with either panel, `pitch` numbers from a row to the next.
+struct TiledSums {
+  float *a, *b;
+  std::ptrdiff_t pitch;
+};
+
 // An fp32 number as the sum of two bf16 numbers, which hold 16 of its 24 bits: what multiplies a bf16 number by both
 // is nearly as good as fp32.
 constexpr int kParts = 2;

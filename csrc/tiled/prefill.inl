@@ -249,8 +249,8 @@ class TiledPrefilling {
       float* const to = scores_ + std::ptrdiff_t{r} * kTile;
       float* const other = to + std::ptrdiff_t{kTiledTileRows} * kTile;
       for (int part = 0; part < kRowParts; ++part) {
-        multiply<kOf>(tiles_, {key_rows(part, r), sizes_.k_width}, queries, queries + sizes_.query_panel, sizes_.k_width / kDeep, part > 0,
-                      {to, to + kTileSums}, {other, other + kTileSums});
+        multiply<kOf>(tiles_, {key_rows(part, r), sizes_.k_width}, queries, queries + sizes_.query_panel, sizes_.k_width / kDeep, to, other,
+                      part > 0);
       }
     }
   }
@@ -343,8 +343,8 @@ class TiledPrefilling {
       float* const to = sums_ + std::ptrdiff_t{pair} * 2 * sizes_.sum_panel + d * kTile;
       float* const other = to + sizes_.sum_panel;
       for (int part = 0; part < kRowParts; ++part) {
-        multiply<kOf>(tiles_, {value_rows(part, d) + span.from, kTiledTileRows}, weights, weights + sizes_.weight_panel, n_steps, true,
-                      {to, to + kTileSums}, {other, other + kTileSums});
+        multiply<kOf>(tiles_, {value_rows(part, d) + span.from, kTiledTileRows}, weights, weights + sizes_.weight_panel, n_steps, to,
+                      other, true);
       }
     }
   }

@@ -47,32 +47,11 @@ struct TiledRows {
   std::ptrdiff_t stride;  // numbers
 };
 
-// Two tiles of sums [row, column], of the first and the second 16 rows with a panel.
-struct TiledSums {
-  float* first;
-  float* second;
-};
-
-// 32 rows with the panels a and b, over `n_steps` steps. `is_begun`: sums are added to.
+// 32 rows with the panels a and b, over `n_steps` steps, to sums [row, 16] of either. `adds`: to what is there.
 template <int kOf>
-inline void multiply(Tiles& tiles, const TiledRows& rows, const BFloat* a, const BFloat* b, std::ptrdiff_t n_steps, bool is_begun,
-                     const TiledSums& to_a, const TiledSums& to_b) {
-  if (is_begun) {
-    tiles.load<0>(to_a.first);
-    tiles.load<1>(to_b.first);
-    tiles.load<2>(to_a.second);
-    tiles.load<3>(to_b.second);
-  } else {
-    tiles.zero<0>();
-    tiles.zero<1>();
-    tiles.zero<2>();
-    tiles.zero<3>();
-  }
-  tiles.multiply<1, kOf>({rows.first, rows.stride, a, b, kOf * kTileNumbers, n_steps});
-  tiles.store<0>(to_a.first);
-  tiles.store<1>(to_b.first);
-  tiles.store<2>(to_a.second);
-  tiles.store<3>(to_b.second);
+inline void multiply(Tiles& tiles, const TiledRows& rows, const BFloat* a, const BFloat* b, std::ptrdiff_t n_steps, float* to_a, float* to_b,
+                     bool adds) {
+  tiles.multiply<1, kOf>({rows.first, rows.stride, a, b, kOf * kTileNumbers, n_steps}, {to_a, to_b, kTile}, adds);
 }
 
 }  // namespace stratakv::STRATAKV_ISA
