@@ -125,7 +125,7 @@ class Decoding {
           const std::ptrdiff_t query = std::ptrdiff_t{head} * m + i;
           score_rows<K, decltype(count)::value>(keys, rows.n, a.pages.k_dim, own.queries + query * k_stride_, k_stride_,
                                                 scores_ + query * kTileRows + rows.at,
-                                                i == 0 ? ahead(a, rows, place_of(keys), IsPacked<K> ? a.pages.k_page_bytes : kPagesAhead) : nullptr);
+                                                i == 0 ? ahead(a, rows, place_of(keys), IsPacked<K> ? a.pages.k_page_bytes : pages_ahead()) : nullptr);
         });
       });
     });
@@ -144,7 +144,7 @@ class Decoding {
           const std::ptrdiff_t query = std::ptrdiff_t{head} * m + i;
           add_values<V, decltype(count)::value>(values, rows.n, v_dim_, scores_ + query * kTileRows + rows.at, decay_ + query,
                                                 state_.values + query * v_stride_, v_stride_,
-                                                i == 0 ? ahead(a, rows, place_of(values), kPagesAhead) : nullptr);
+                                                i == 0 ? ahead(a, rows, place_of(values), pages_ahead()) : nullptr);
           for (int j = 0; j < decltype(count)::value; ++j) decay_[query + j] = 1.0f;  // the tile's other rows add to this
         });
       });

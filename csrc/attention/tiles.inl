@@ -83,15 +83,30 @@ inline void arrange([[maybe_unused]] float* query, [[maybe_unused]] int dim) {
   }
 }
 
+// Whether lines are asked for the second cache only. An AMD processor (Zen 4) reads 0.72 to 0.8 of its bandwidth so, and 0.55
+// to 0.65 where what is asked for occupies the few places in which its first cache waits.
+inline bool fetches_to_second_cache() {
+#ifdef __x86_64__
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 // Asks for the lines of `n` bytes.
 inline void fetch(const void* bytes, std::ptrdiff_t n) {
   const char* line = static_cast<const char*>(bytes);
-  for (const char* end = line + n; line < end; line += 64) __builtin_prefetch(line);
+  const char* const end = line + n;
+  if (fetches_to_second_cache()) {
+    for (; line < end; line += 64) __builtin_prefetch(line, 0, 2);
+  } else {
+    for (; line < end; line += 64) __builtin_prefetch(line);
+  }
 }
 
 // How far ahead pages are asked for. Nearer, and steps that are long in computing come too late for it; farther, and it
 // leaves the first cache again.
-constexpr int kPagesAhead = 4096;
+inline int pages_ahead() { return fetches_to_second_cache() ? 8192 : 4096; }
 
 // Scores of all rows, kRows at a time.
 template <typename K, int kQueries, int kRows>
