@@ -16,6 +16,7 @@
 #include "attention/state.inl"
 #include "attention/tiles.inl"
 #include "isa/small.h"
+#include "isa/vendor.h"
 #include "threads.h"
 
 namespace stratakv::STRATAKV_ISA {
@@ -23,18 +24,9 @@ namespace stratakv::STRATAKV_ISA {
 // A thread is worth its start for so many rows of one KV head.
 constexpr int kLeastRows = 256;
 
-// The blocks of a tile take turns by so many rows where that is faster. Processors fetch some 20 lines ahead of each line
-// of reading, and those with wide registers compute so fast that one line is not enough: two give them twice as many.
+// The blocks of a tile take turns by so many rows on Intel's wide processors. They fetch some 20 lines ahead of each line of
+// reading, and compute so fast that one line is not enough: two give them twice as many. Others are faster in one line.
 constexpr int kTurn = 8;
-
-// AMD's processors are faster in one line, those with wide registers, too.
-inline bool prefers_turns() {
-#ifdef __AVX512F__
-  return __builtin_cpu_is("intel");
-#else
-  return false;
-#endif
-}
 
 // Query i of a sequence.
 inline Query query_of(const AttentionArguments& a, int i) { return {i % a.n_new, i / a.n_new}; }
@@ -121,11 +113,12 @@ class Decoding {
       using K = decltype(format);
       each_page<IsPacked<K> ? kTileRows : kTurn>(a, from, to, [&](const Stretch& rows, int head) {
         const auto keys = key_rows_in<K>(a.pages, rows.bytes + keys_at(a.pages, head), rows.in_page);
+        const std::ptrdiff_t distance = IsPacked<K> ? a.pages.k_page_bytes : pages_ahead();
         in_fours(m, [&](int i, auto count) {
           const std::ptrdiff_t query = std::ptrdiff_t{head} * m + i;
           score_rows<K, decltype(count)::value>(keys, rows.n, a.pages.k_dim, own.queries + query * k_stride_, k_stride_,
                                                 scores_ + query * kTileRows + rows.at,
-                                                i == 0 ? ahead(a, rows, place_of(keys), IsPacked<K> ? a.pages.k_page_bytes : pages_ahead()) : nullptr);
+                                                i == 0 ? ahead(a, rows, place_of(keys), distance) : nullptr);
         });
       });
     });
@@ -202,7 +195,7 @@ class Decoding {
     constexpr int kMost = kTileRows / kTurn + 1;
     const int span = a.pages.block_tokens;
     Stretch stretches[kMost];
-    const bool takes_turns = (prefers_turns() || kRowsOfTurn == kTileRows) && span >= kTurn;
+    const bool takes_turns = (is_wide_intel() || kRowsOfTurn == kTileRows) && span >= kTurn;
     int n = 0, most = 0;
     const int last = (a.rows.counts[sequence_] - 1) / span, later = takes_turns ? (kTileRows + span - 1) / span : 1;
     for (int row = from; row < to;) {

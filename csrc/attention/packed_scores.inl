@@ -137,7 +137,7 @@ inline void score_rows(const PackedKeys<F>& rows, int n, int dim, const float* q
     const std::ptrdiff_t group_bytes = std::ptrdiff_t{2 * static_cast<int>(sizeof(BFloat))} * dim;
     for (int group = from / kGroupRows; group * kGroupRows < to; ++group) {
       const char* const own = reinterpret_cast<const char*>(rows.parameters) + group * group_bytes;
-      if (ahead != nullptr) fetch(ahead + (own - rows.codes) - from / kLanes * tile_bytes, group_bytes);
+      if (ahead != nullptr) fetch_page(ahead + (own - rows.codes) - from / kLanes * tile_bytes, group_bytes);
       digits_for<F, kQueries>(queries, stride, dim, rows.parameters + std::ptrdiff_t{group} * 2 * dim, memory[0], digits);
       advance_to(smaller(last, (group + 1) * kGroupRows / kLanes));
     }

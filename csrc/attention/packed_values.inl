@@ -217,7 +217,7 @@ inline void add_values(const ValueTiles<F>& rows, int dim, const float* weights,
   Weights parts[kQueries];
   for (int t = 0; t < rows.n_tiles && fetches; ++t) {
     const typename ValueTiles<F>::Tile& tile = rows.tiles[t];
-    if (tile.ahead != nullptr) fetch(reinterpret_cast<const char*>(tile.parameters) + (tile.ahead - tile.codes), PackedValues<F>::n_parameters(dim) * 32);
+    if (tile.ahead != nullptr) fetch_page(reinterpret_cast<const char*>(tile.parameters) + (tile.ahead - tile.codes), PackedValues<F>::n_parameters(dim) * 32);
   }
   for (int g = 0; g * kGroup < dim; ++g) {
     if (F::kAffine || g == 0) {

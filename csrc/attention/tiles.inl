@@ -5,6 +5,7 @@
 
 #include "isa/apart.h"
 #include "isa/small.h"
+#include "isa/vendor.h"
 
 namespace stratakv::STRATAKV_ISA {
 
@@ -83,37 +84,30 @@ inline void arrange([[maybe_unused]] float* query, [[maybe_unused]] int dim) {
   }
 }
 
-// Whether lines are asked for the second cache only. An AMD processor (Zen 4) reads 0.72 to 0.8 of its bandwidth so, and 0.55
-// to 0.65 where what is asked for occupies the few places in which its first cache waits.
-inline bool fetches_to_second_cache() {
-#ifdef __x86_64__
-  return __builtin_cpu_is("amd");
-#else
-  return false;
-#endif
-}
-
 // Asks for the lines of `n` bytes.
 inline void fetch(const void* bytes, std::ptrdiff_t n) {
   const char* line = static_cast<const char*>(bytes);
-  const char* const end = line + n;
-  if (fetches_to_second_cache()) {
-    for (; line < end; line += 64) __builtin_prefetch(line, 0, 2);
-  } else {
-    for (; line < end; line += 64) __builtin_prefetch(line);
-  }
+  for (const char* end = line + n; line < end; line += 64) __builtin_prefetch(line);
+}
+
+// Likewise for a part of a page. AMD's wide processors (Zen 4) are asked to bring it into the second cache: what comes into
+// the first one takes its few places of waiting, which the loads of the kernel need.
+inline void fetch_page(const void* bytes, std::ptrdiff_t n) {
+  if (!is_wide_amd()) return fetch(bytes, n);
+  const char* line = static_cast<const char*>(bytes);
+  for (const char* end = line + n; line < end; line += 64) __builtin_prefetch(line, 0, 2);
 }
 
 // How far ahead pages are asked for. Nearer, and steps that are long in computing come too late for it; farther, and it
-// leaves the first cache again.
-inline int pages_ahead() { return fetches_to_second_cache() ? 8192 : 4096; }
+// leaves the first cache again. In the second cache there is room for more.
+inline int pages_ahead() { return is_wide_amd() ? 8192 : 4096; }
 
 // Scores of all rows, kRows at a time.
 template <typename K, int kQueries, int kRows>
 inline void score_rows_by(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, const char* ahead) {
   int r = 0;
   for (; r + kRows <= n_rows; r += kRows) {
-    if (ahead != nullptr) fetch(ahead + r * dim * std::ptrdiff_t{sizeof(K)}, kRows * dim * std::ptrdiff_t{sizeof(K)});
+    if (ahead != nullptr) fetch_page(ahead + r * dim * std::ptrdiff_t{sizeof(K)}, kRows * dim * std::ptrdiff_t{sizeof(K)});
     score_tile<K, kQueries, kRows>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r, kTileRows);
   }
   for (; r < n_rows; ++r) score_tile<K, kQueries, 1>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r, kTileRows);
@@ -151,7 +145,7 @@ inline void add_values(const V* rows, int n_rows, int dim, const float* weights,
       }
     }
     for (int r = 0; r < n_rows; ++r) {
-      if (ahead != nullptr && d == 0) fetch(ahead + r * dim * std::ptrdiff_t{sizeof(V)}, dim * std::ptrdiff_t{sizeof(V)});
+      if (ahead != nullptr && d == 0) fetch_page(ahead + r * dim * std::ptrdiff_t{sizeof(V)}, dim * std::ptrdiff_t{sizeof(V)});
       Vec w[kQueries];
       STRATAKV_UNROLL
       for (int m = 0; m < kQueries; ++m) w[m] = Vec::all(weights[m * kTileRows + r]);

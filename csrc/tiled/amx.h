@@ -20,14 +20,10 @@ struct TileConfig {
   std::uint8_t n_rows[16];
 };
 
-// While it lives, the thread has its tiles. The tiles 0 and 1 are sums of the first 16 rows with either panel, 2 and 3 those
-// of the other rows. Strides are bytes from one row to the next.
+// While it lives, the thread has its tiles.
 class Tiles {
  public:
-  // Whether products of numbers in two parts are faster than those of fp32.
   static constexpr bool kSplitsPay = true;
-
-  // Inputs of a product with a matrix, at most.
   static constexpr int kInputs = kTiledPair;
 
   Tiles() { have_rows(kTiledPair); }
@@ -35,7 +31,6 @@ class Tiles {
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 
-  // Products have so many rows, at most 32, which is how many they have at first.
   void have_rows(int n) {
     if (n == n_) return;
     n_ = n;
@@ -49,7 +44,6 @@ class Tiles {
     asm volatile("ldtilecfg %0" ::"m"(config));  // all of it, of which GCC 12's own knows the first 8 bytes only
   }
 
-  // The product of the rows with both panels: written, or added to what is there.
   template <int kRowParts, int kPanelParts>
   void multiply(const Factors& f, const TiledSums& sums, bool adds) {
     n_ > kTile ? multiply<kRowParts, kPanelParts, true>(f, sums, adds) : multiply<kRowParts, kPanelParts, false>(f, sums, adds);
@@ -64,7 +58,7 @@ class Tiles {
 
  private:
   // These are what the intrinsics are, but that the compiler knows of memory that is read (GCC 12 does not, and moves stores
-  // behind it), and that numbers of tiles may come from templates.
+  // behind it), and that numbers of tiles may come from templates. Strides are bytes from one row to the next.
   template <int kNumber>
   void zero() {
     asm volatile("tilezero %%tmm%c0" ::"i"(kNumber));
@@ -76,7 +70,7 @@ class Tiles {
   }
 
   template <int kNumber>
-  void store(void* rows, std::ptrdiff_t stride = 64) const {
+  void store(void* rows, std::ptrdiff_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(rows), "r"(stride), "i"(kNumber) : "memory");
   }
 
@@ -90,6 +84,7 @@ class Tiles {
     adds ? load<kNumber>(sums, stride) : zero<kNumber>();
   }
 
+  // The tiles 0 and 1 are sums of the first 16 rows with either panel, 2 and 3 those of the other rows.
   template <int kRowParts, int kPanelParts, bool kTwo>
   void multiply(const Factors& f, const TiledSums& sums, bool adds) {
     const std::ptrdiff_t width = sums.pitch * static_cast<std::ptrdiff_t>(sizeof(float));

@@ -14,16 +14,11 @@ namespace stratakv::STRATAKV_ISA {
 
 class Tiles {
  public:
-  // Whether products of numbers in two parts are faster than those of fp32.
   static constexpr bool kSplitsPay = false;
+  static constexpr int kInputs = 24;  // twice as many as are in registers
 
-  // Inputs of a product with a matrix, at most.
-  static constexpr int kInputs = 24;
-
-  // Products have so many rows, at most 32, which is how many they have at first.
   void have_rows(int n) { n_ = n; }
 
-  // The product of the rows with both panels: written, or added to what is there.
   template <int kRowParts, int kPanelParts>
   void multiply(Factors f, const TiledSums& sums, bool adds) {
     for (int row = 0; row < n_; row += kRowsAtOnce, f.ahead.lines = 0) {

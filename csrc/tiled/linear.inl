@@ -37,8 +37,8 @@ inline void settle_input(float* x, int n) {
 // Lines of 64 bytes that W has for a step of 32 columns.
 constexpr int kLinesOfStep = 2 * kTileNumbers * static_cast<int>(sizeof(BFloat)) / 64;
 
-// Inputs, at most 32, and a pair of panels of W with which they are multiplied.
-struct TiledFactors {
+// Inputs, at most Tiles::kInputs, `pitch` fp32 numbers apart, and a pair of panels of W with which they are multiplied.
+struct TiledInputs {
   const float* x;
   int n;
   std::ptrdiff_t pitch;
@@ -48,12 +48,12 @@ struct TiledFactors {
 };
 
 template <int kOf>
-inline void multiply_pair(Tiles& tiles, const TiledFactors& f, const TiledSums& sums, bool adds) {
+inline void multiply_pair(Tiles& tiles, const TiledInputs& f, const TiledSums& sums, bool adds) {
   tiles.multiply<kOf, 1>({reinterpret_cast<const BFloat*>(f.x), 2 * f.pitch, f.w, f.w + kTileNumbers, 2 * kTileNumbers, f.n_steps, f.ahead}, sums,
                          adds);
 }
 
-// TiledSums go to y [input, row of W], `pitch` numbers from input to input: written, or added to.
+// Sums go to y [input, row of W], `pitch` numbers from input to input: written, or added to.
 struct TiledOutput {
   float* y;
   std::ptrdiff_t pitch, n_rows;
@@ -62,12 +62,12 @@ struct TiledOutput {
 
 // Inputs from `input` on with a pair.
 template <int kOf>
-inline void take(Tiles& tiles, const TiledOutput& out, const TiledFactors& f, int input, std::ptrdiff_t pair) {
+inline void take(Tiles& tiles, const TiledOutput& out, const TiledInputs& f, int input, std::ptrdiff_t pair) {
   const std::ptrdiff_t row = pair * kTiledPair;
   const int some = static_cast<int>(smaller<std::ptrdiff_t>(out.n_rows - row, kTiledPair));
   float* const y = out.y + input * out.pitch + row;
   if (some == kTiledPair) return multiply_pair<kOf>(tiles, f, {y, y + kTile, out.pitch}, out.adds);
-  alignas(64) float sums[kTiledPair * kTiledPair];
+  alignas(64) float sums[Tiles::kInputs * kTiledPair];
   multiply_pair<kOf>(tiles, f, {sums, sums + kTile, kTiledPair}, false);
   for (int i = 0; i < f.n; ++i) {
     for (int j = 0; j < some; ++j) y[i * out.pitch + j] = sums[i * kTiledPair + j] + (out.adds ? y[i * out.pitch + j] : 0.0f);
@@ -92,8 +92,8 @@ struct GatedOutput {
 };
 
 template <int kOf>
-inline void take(Tiles& tiles, const GatedOutput& out, const TiledFactors& f, int input, std::ptrdiff_t pair) {
-  alignas(64) float gates[kTiledPair * kTile], ups[kTiledPair * kTile];
+inline void take(Tiles& tiles, const GatedOutput& out, const TiledInputs& f, int input, std::ptrdiff_t pair) {
+  alignas(64) float gates[Tiles::kInputs * kTile], ups[Tiles::kInputs * kTile];
   multiply_pair<kOf>(tiles, f, {gates, ups, kTile}, false);
   const int at = static_cast<int>(pair) * kTile, some = larger(out.n - at, 0);  // none where a pair is only half full
   const std::ptrdiff_t pitch = input_pitch(out.n);

@@ -17,7 +17,8 @@
 #include "isa/exponential.h"
 #include "isa/small.h"
 #include "tiled/exponential.h"
-#include "tiled/product.inl"
+#include "tiled/packing.inl"
+#include "tiled/tiles.h"
 
 namespace stratakv::STRATAKV_ISA {
 
@@ -27,7 +28,10 @@ constexpr int kTiledUnitQueries = 384;
 // Rows of a tile of the cache.
 constexpr int kTiledTileRows = 192;
 
-// e^(x - base), 0 for -inf; for weights in one part as exactly as that needs.
+constexpr int kTileSums = kTile * kTile;
+
+// e^(x - base), 0 for -inf; for weights in one part as exactly as that needs. The difference first: one rounding of the two
+// scaled would be another factor for each base, and great for great scores.
 template <int kOf>
 inline Vec weight_of(Vec x, Vec base) {
   return exponential_2<kOf == 1>(((x - base) * Vec::all(kLog2E)).v);
@@ -44,6 +48,7 @@ inline bool is_for_tiles(const AttentionArguments& a) {
 template <int kOf, bool kUnpacks>
 class TiledPrefilling {
   static constexpr int kRowParts = kUnpacks ? kOf : 1;
+  static constexpr int kPanelPitch = kOf * kTileNumbers;  // of queries and of weights
 
  public:
   TiledPrefilling(const AttentionArguments& a, int tokens, float* memory) : a_(a), sizes_(a, tokens) {
@@ -249,8 +254,8 @@ class TiledPrefilling {
       float* const to = scores_ + std::ptrdiff_t{r} * kTile;
       float* const other = to + std::ptrdiff_t{kTiledTileRows} * kTile;
       for (int part = 0; part < kRowParts; ++part) {
-        multiply<kOf>(tiles_, {key_rows(part, r), sizes_.k_width}, queries, queries + sizes_.query_panel, sizes_.k_width / kDeep, to, other,
-                      part > 0);
+        tiles_.multiply<1, kOf>({key_rows(part, r), sizes_.k_width, queries, queries + sizes_.query_panel, kPanelPitch, sizes_.k_width / kDeep},
+                                {to, other, kTile}, part > 0);
       }
     }
   }
@@ -306,7 +311,7 @@ class TiledPrefilling {
   static __m512i rounded_pair(__m512 first, __m512 second) {
     const __m512i half = _mm512_set1_epi32(0x8000);
     const __m512i a = _mm512_add_epi32(_mm512_castps_si512(first), half), b = _mm512_add_epi32(_mm512_castps_si512(second), half);
-    return _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_and_si512(b, _mm512_set1_epi32(kUpperHalf)));
+    return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(a, 16), b);
   }
 
   static constexpr int kUpperHalf = static_cast<int>(0xFFFF0000u);
@@ -343,8 +348,8 @@ class TiledPrefilling {
       float* const to = sums_ + std::ptrdiff_t{pair} * 2 * sizes_.sum_panel + d * kTile;
       float* const other = to + sizes_.sum_panel;
       for (int part = 0; part < kRowParts; ++part) {
-        multiply<kOf>(tiles_, {value_rows(part, d) + span.from, kTiledTileRows}, weights, weights + sizes_.weight_panel, n_steps, to,
-                      other, true);
+        tiles_.multiply<1, kOf>({value_rows(part, d) + span.from, kTiledTileRows, weights, weights + sizes_.weight_panel, kPanelPitch, n_steps},
+                                {to, other, kTile}, true);
       }
     }
   }

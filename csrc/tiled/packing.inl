@@ -1,11 +1,10 @@
-// The product that all others are made of: 32 rows as they lie, with two panels of 16 columns that were packed for it.
+// Vectors as panels of 16 columns, with which rows are multiplied as they lie.
 #pragma once
 
 #include <cstddef>
 
 #include "isa/partial.h"
-#include "isa/small.h"
-#include "tiled/tiles.h"
+#include "tiled/parts.h"
 
 namespace stratakv::STRATAKV_ISA {
 
@@ -39,19 +38,6 @@ inline void pack_panel(const float* x, std::ptrdiff_t stride, int n, int dim, BF
     Vec::transpose(low);
     for (int i = 0; i < kTile; ++i) low[i].store(reinterpret_cast<float*>(to + kTileNumbers) + i * kTile);
   }
-}
-
-// bf16 rows for tiles to read.
-struct TiledRows {
-  const BFloat* first;
-  std::ptrdiff_t stride;  // numbers
-};
-
-// 32 rows with the panels a and b, over `n_steps` steps, to sums [row, 16] of either. `adds`: to what is there.
-template <int kOf>
-inline void multiply(Tiles& tiles, const TiledRows& rows, const BFloat* a, const BFloat* b, std::ptrdiff_t n_steps, float* to_a, float* to_b,
-                     bool adds) {
-  tiles.multiply<1, kOf>({rows.first, rows.stride, a, b, kOf * kTileNumbers, n_steps}, {to_a, to_b, kTile}, adds);
 }
 
 }  // namespace stratakv::STRATAKV_ISA
