@@ -1,4 +1,4 @@
-// Vectors as panels of 16 columns, with which rows are multiplied as they lie.
+// Vectors, and rows of weights, as panels of 16 columns, with which rows are multiplied as they lie.
 #pragma once
 
 #include <cstddef>
@@ -38,6 +38,28 @@ inline void pack_panel(const float* x, std::ptrdiff_t stride, int n, int dim, BF
     Vec::transpose(low);
     for (int i = 0; i < kTile; ++i) low[i].store(reinterpret_cast<float*>(to + kTileNumbers) + i * kTile);
   }
+}
+
+// The upper halves of two rows' numbers side by side: what bf16 has of them, cut off.
+inline __m512i upper_halves(__m512i first, __m512i second) { return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(first, 16), second); }
+
+inline __m512i rounded_pair(__m512 first, __m512 second) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  return upper_halves(_mm512_add_epi32(_mm512_castps_si512(first), half), _mm512_add_epi32(_mm512_castps_si512(second), half));
+}
+
+// Numbers of two rows side by side: rounded, or once what bf16 has of them (cut off) and once what is left (rounded).
+template <int kOf>
+inline void store_pair(__m512 first, __m512 second, BFloat* to) {
+  if constexpr (kOf == 1) {
+    _mm512_storeu_si512(to, rounded_pair(first, second));
+    return;
+  }
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+  const __m512i a = _mm512_castps_si512(first), b = _mm512_castps_si512(second);
+  const auto left = [&](__m512 x, __m512i bits) { return _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(bits, upper))); };
+  _mm512_storeu_si512(to, upper_halves(a, b));
+  _mm512_storeu_si512(to + kTileNumbers, rounded_pair(left(first, a), left(second, b)));
 }
 
 }  // namespace stratakv::STRATAKV_ISA

@@ -284,7 +284,7 @@ class TiledPrefilling {
         const Vec first = weight_of<kOf>(Vec::load(at), base), second = weight_of<kOf>(Vec::load(at + kTile), base);
         added[0] = added[0] + first;
         added[1] = added[1] + second;
-        store_pair(first.v, second.v, to + i * kDeep);
+        store_pair<kOf>(first.v, second.v, to + i * kDeep);
       }
     }
     (Vec::fma(Vec::load(sum_ + panel * kTile), decay, added[0] + added[1])).store(sum_ + panel * kTile);
@@ -293,28 +293,6 @@ class TiledPrefilling {
     float* const sums = sums_ + panel * sizes_.sum_panel;
     for (std::ptrdiff_t i = 0; i < sizes_.sum_panel; i += kTile) (Vec::load(sums + i) * decay).store(sums + i);
   }
-
-  // Numbers of two rows side by side: rounded, or once what bf16 has of them (cut off) and once what is left (rounded).
-  static void store_pair(__m512 first, __m512 second, BFloat* to) {
-    if constexpr (kOf == 1) {
-      _mm512_storeu_si512(to, rounded_pair(first, second));
-      return;
-    }
-    const __m512i upper = _mm512_set1_epi32(kUpperHalf);
-    const __m512i a = _mm512_castps_si512(first), b = _mm512_castps_si512(second);
-    const __m512i a_high = _mm512_and_si512(a, upper), b_high = _mm512_and_si512(b, upper);
-    _mm512_storeu_si512(to, _mm512_or_si512(_mm512_srli_epi32(a, 16), b_high));
-    _mm512_storeu_si512(to + kTileNumbers, rounded_pair(_mm512_sub_ps(first, _mm512_castsi512_ps(a_high)),
-                                                        _mm512_sub_ps(second, _mm512_castsi512_ps(b_high))));
-  }
-
-  static __m512i rounded_pair(__m512 first, __m512 second) {
-    const __m512i half = _mm512_set1_epi32(0x8000);
-    const __m512i a = _mm512_add_epi32(_mm512_castps_si512(first), half), b = _mm512_add_epi32(_mm512_castps_si512(second), half);
-    return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(a, 16), b);
-  }
-
-  static constexpr int kUpperHalf = static_cast<int>(0xFFFF0000u);
 
   // Softcap, and what the queries of a panel do not see.
   void shape(const Sight& sight, int panel, int row, Span span, float* scores) const {
