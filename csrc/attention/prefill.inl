@@ -98,7 +98,7 @@ class Prefilling {
     fill(state_.values, m * v_stride_, 0.0f);
     for (int i = 0; i < m_; ++i) {
       float* panel = queries_ + i / kPanel * kPanel * dim + i % kPanel;
-      load_query(a_, sequence_, query(i), scores_);
+      load_query(a_, sequence_, query(i), a_.rules.scale, scores_);
       if constexpr (kUnpacks) with_keys(a_.pages.k_type, [&](auto format) { turn<decltype(format)>(scores_, a_.pages.k_dim); });
       for (std::ptrdiff_t d = 0; d < dim; ++d) panel[d * kPanel] = scores_[d];
     }

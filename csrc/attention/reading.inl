@@ -38,15 +38,15 @@ inline void load_query(const Q* from, int dim, float scale, float* to) {
   }
 }
 
-// The query times the scale, with zeros up to padded(k_dim).
-inline void load_query(const AttentionArguments& a, int sequence, Query query, float* to) {
+// The query times `scale`, with zeros up to padded(k_dim).
+inline void load_query(const AttentionArguments& a, int sequence, Query query, float scale, float* to) {
   const int dim = a.pages.k_dim;
   const std::ptrdiff_t at = sequence * a.query.sequence_stride + query.head * a.query.head_stride + query.token * a.query.token_stride;
   fill(to, padded(dim), 0.0f);
   switch (a.query_type) {
-    case NumberType::kBFloat: load_query(static_cast<const BFloat*>(a.query.data) + at, dim, a.rules.scale, to); break;
-    case NumberType::kHalf: load_query(static_cast<const Half*>(a.query.data) + at, dim, a.rules.scale, to); break;
-    default: load_query(static_cast<const float*>(a.query.data) + at, dim, a.rules.scale, to); break;
+    case NumberType::kBFloat: load_query(static_cast<const BFloat*>(a.query.data) + at, dim, scale, to); break;
+    case NumberType::kHalf: load_query(static_cast<const Half*>(a.query.data) + at, dim, scale, to); break;
+    default: load_query(static_cast<const float*>(a.query.data) + at, dim, scale, to); break;
   }
 }
 

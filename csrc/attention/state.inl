@@ -55,7 +55,7 @@ inline float soften(float* scores, int n, float& top, float& sum) {
     fill(scores, n, 0.0f);
     return 1.0f;
   }
-  const float decay = old == kMinusInfinity ? 0.0f : std::exp(old - now);
+  const float decay = old == now ? 1.0f : old == kMinusInfinity ? 0.0f : std::exp(old - now);
   Vec added = Vec::zero();
   for (int r = 0; r < n; r += Vec::kWidth) {
     const Vec weight = exponential(Vec::load(scores + r) - Vec::all(now));

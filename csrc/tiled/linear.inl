@@ -7,12 +7,12 @@
 
 #include <cstddef>
 
+#include "isa/exponential_avx512.h"
 #include "isa/partial.h"
 #include "isa/small.h"
 #include "runner/arguments.h"
 #include "runner/elementwise.inl"
 #include "threads.h"
-#include "tiled/exponential.h"
 #include "tiled/tiles.h"
 
 namespace stratakv::STRATAKV_ISA {

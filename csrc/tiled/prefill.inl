@@ -16,7 +16,6 @@
 #include "attention/unpack.inl"
 #include "isa/exponential.h"
 #include "isa/small.h"
-#include "tiled/exponential.h"
 #include "tiled/packing.inl"
 #include "tiled/tiles.h"
 
@@ -88,7 +87,7 @@ class TiledPrefilling {
     for (int p = 0; p < 2 * n_pairs_; ++p) {
       const int n = between(m_ - p * kTile, 0, kTile);
       for (int i = 0; i < n; ++i) {
-        load_query(a_, sequence, query(p * kTile + i), scores_ + i * stride);
+        load_query(a_, sequence, query(p * kTile + i), a_.rules.scale, scores_ + i * stride);
         if constexpr (kUnpacks) with_keys(a_.pages.k_type, [&](auto format) { turn<decltype(format)>(scores_ + i * stride, a_.pages.k_dim); });
       }
       pack_panel<kOf>(scores_, stride, n, a_.pages.k_dim, queries_ + p * sizes_.query_panel);

@@ -262,6 +262,7 @@ bool check_attention(const Kernels& kernels) {
   Call call(olds, 1);
   AttentionArguments& a = call.a;
   a.rules = {0.3f, one_of({0.0f, 4.0f}), any(0, 1), one_of({0, 0, 9}), one_of({0, 3}), nullptr, nullptr};
+  a.rounds = any(0, 3) == 0;
   call.run(kernels);
   std::vector<double> expected, expected_lse;
   for (std::size_t i = 0; i < call.lse.size(); ++i) {
@@ -288,7 +289,7 @@ bool check_attention(const Kernels& kernels) {
   }
   std::vector<float> found;
   for (std::size_t i = 0; i < expected.size(); ++i) found.push_back(taken(call.out.data() + i * bytes_of(call.type), call.type));
-  const double tolerance = call.is_packed() ? 2e-3 : call.is_tiled(kernels) ? 2e-4 : 2e-5;
+  const double tolerance = a.rounds && kernels.tiles_bf16 ? 5e-2 : call.is_packed() ? 2e-3 : call.is_tiled(kernels) ? 2e-4 : 2e-5;
   const double rounding = call.type == NumberType::kFloat ? 0 : call.type == NumberType::kBFloat ? 4e-3 : 5e-4;
   const std::string what = std::string(kernels.isa) + " attention, " + name_of(call.k_type) + " " + std::to_string(call.k_dim) + ", " +
                            name_of(call.v_type) + " " + std::to_string(call.v_dim) + ", queries in " + name_of(call.type) + ", first rows " +

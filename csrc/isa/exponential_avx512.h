@@ -7,9 +7,9 @@ namespace stratakv::STRATAKV_ISA {
 
 constexpr float kLog2E = 1.44269504f;
 
-// 0 for -inf, NaN for NaN. The polynomial for x in [0, 1) is the minimax of 2^x, to 8e-8, or the best of those that are
-// exact at both ends, to 1.1e-4, which is an 18th of what rounding to bf16 leaves: the largest weight is 1, also in the
-// sum of weights, which is not rounded.
+// 0 for -inf, NaN for NaN. The polynomial for x in [0, 1) is the best for 2^x of those that are 1 at 0, as the largest weight
+// of a softmax is: to 1e-7; or the best of those that are exact at both ends, to 1.1e-4, which is an 18th of what rounding to
+// bf16 leaves.
 template <bool kIsRounded = false>
 inline Vec exponential_2(__m512 power) {
   constexpr int kToWholeBelow = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
@@ -20,11 +20,11 @@ inline Vec exponential_2(__m512 power) {
     p = Vec::fma(p, part, Vec::all(6.9542435e-1f));
     p = Vec::fma(p, part, Vec::all(1.0f));
   } else {
-    p = Vec::fma(Vec::all(1.8775767e-3f), part, Vec::all(8.9893397e-3f));
-    p = Vec::fma(p, part, Vec::all(5.5826318e-2f));
-    p = Vec::fma(p, part, Vec::all(2.4015361e-1f));
-    p = Vec::fma(p, part, Vec::all(6.9315308e-1f));
-    p = Vec::fma(p, part, Vec::all(9.9999994e-1f));
+    p = Vec::fma(Vec::all(1.8671305e-3f), part, Vec::all(9.0170298e-3f));
+    p = Vec::fma(p, part, Vec::all(5.5799913e-2f));
+    p = Vec::fma(p, part, Vec::all(2.4016444e-1f));
+    p = Vec::fma(p, part, Vec::all(6.9315130e-1f));
+    p = Vec::fma(p, part, Vec::all(1.0f));
   }
   return {_mm512_scalef_ps(p.v, power)};
 }
