@@ -36,7 +36,8 @@ inline Query query_of(const AttentionArguments& a, int i) { return {i % a.n_new,
 class Decoding {
  public:
   Decoding(const AttentionArguments& a, float* memory)
-      : n_(queries_in(a)), k_stride_(padded(a.pages.k_dim)), v_stride_(padded(a.pages.v_dim)), v_dim_(a.pages.v_dim), has_pairs_(has_pairs(a)) {
+      : n_(queries_in(a)), k_stride_(padded(a.pages.k_dim)), v_stride_(padded(a.pages.v_dim)), v_dim_(a.pages.v_dim),
+        takes_pairs_(takes_pairs(a)) {
     for (int i = 0; i < kStrands; ++i) {
       strands_[i].a = strand(a, i);
       strands_[i].queries = memory;
@@ -85,40 +86,23 @@ class Decoding {
 
   void load_queries(Strand& own) {
     const AttentionArguments& a = *own.a;
-    with_keys_of(a, [&](auto format) {
-      // bf16 numbers as they are; the scores are scaled.
-      const float scale = IsPaired<decltype(format)> ? 1.0f : a.rules.scale;
+    with_keys(a.pages.k_type, takes_pairs_, [&](auto format) {
+      const float factor = IsPaired<decltype(format)> ? 1.0f : a.rules.scale;  // pairs' scores are scaled
       for (int i = 0; i < n_; ++i) {
-        load_query(a, sequence_, query_of(a, i), scale, own.queries + i * k_stride_);
+        load_query(a, sequence_, query_of(a, i), factor, own.queries + i * k_stride_);
         arrange<decltype(format)>(own.queries + i * k_stride_, a.pages.k_dim);
       }
     });
     own.has_queries = true;
   }
 
-  // As in formats.inl, but for bf16 rows that are paired.
-  template <typename Function>
-  void with_keys_of(const AttentionArguments& a, const Function& function) const {
-    if constexpr (kHasPairs) {
-      if (has_pairs_ && a.pages.k_type == NumberType::kBFloat) return function(Paired{});
-    }
-    with_keys(a.pages.k_type, function);
-  }
-  template <typename Function>
-  void with_values_of(NumberType type, const Function& function) const {
-    if constexpr (kHasPairs) {
-      if (has_pairs_ && type == NumberType::kBFloat) return function(Paired{});
-    }
-    with_values(type, function);
-  }
-
   // Values take the form in which rows of a type are added to them; floats leave them as they are.
   void take_order(NumberType type) {
     if (type == order_) return;
-    with_values_of(order_, [&](auto format) {
+    with_values(order_, takes_pairs_, [&](auto format) {
       for (int i = 0; i < n_; ++i) settle<decltype(format)>(state_.values + i * v_stride_, v_dim_);
     });
-    with_values_of(type, [&](auto format) {
+    with_values(type, takes_pairs_, [&](auto format) {
       for (int i = 0; i < n_; ++i) unsettle<decltype(format)>(state_.values + i * v_stride_, v_dim_);
     });
     order_ = type;
@@ -132,7 +116,7 @@ class Decoding {
   void attend(const Strand& own, int from, int to) {
     const AttentionArguments& a = *own.a;
     const int m = a.group * a.n_new, n = to - from;
-    with_keys_of(a, [&](auto format) {
+    with_keys(a.pages.k_type, takes_pairs_, [&](auto format) {
       using K = decltype(format);
       each_page<IsPacked<K> ? kTileRows : kTurn>(a, from, to, [&](const Stretch& rows, int head) {
         const auto keys = key_rows_in<K>(a.pages, rows.bytes + keys_at(a.pages, head), rows.in_page);
@@ -144,7 +128,9 @@ class Decoding {
                                                 i == 0 ? ahead(a, rows, place_of(keys), distance) : nullptr);
         });
       });
-      for (int i = 0; i < n_ && IsPaired<K>; ++i) scale(scores_ + std::ptrdiff_t{i} * kTileRows, n, a.rules.scale);
+      if constexpr (IsPaired<K>) {
+        for (int i = 0; i < n_; ++i) scale(scores_ + std::ptrdiff_t{i} * kTileRows, n, a.rules.scale);
+      }
     });
     const Sight sight(a, sequence_);
     for (int i = 0; i < n_; ++i) {
@@ -152,9 +138,9 @@ class Decoding {
       sight.shape(query_of(a, i), from, n, scores);
       decay_[i] = soften(scores, n, state_.top[i], state_.sum[i]);
     }
-    with_values_of(a.pages.v_type, [&](auto format) {
+    with_values(a.pages.v_type, takes_pairs_, [&](auto format) {
       using V = decltype(format);
-      for (int i = 0; i < n_ && IsPaired<V>; ++i) round_in_place(scores_ + std::ptrdiff_t{i} * kTileRows, n);
+      for (int i = 0; i < n_; ++i) round_weights<V>(scores_ + std::ptrdiff_t{i} * kTileRows, n);
       if constexpr (IsPacked<V>) return add_packed<V>(a, from, to);
       else each_page<kTurn>(a, from, to, [&](const Stretch& rows, int head) {
         const auto values = value_rows_in<V>(a.pages, rows.bytes + values_at(a.pages, head), rows.in_page);
@@ -246,7 +232,7 @@ class Decoding {
   int n_;
   std::ptrdiff_t k_stride_, v_stride_;
   int v_dim_;
-  bool has_pairs_;
+  bool takes_pairs_;
   Strand strands_[kStrands];
   float *scores_, *decay_;
   State state_;

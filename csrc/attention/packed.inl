@@ -162,6 +162,17 @@ inline Vec store_digits(const float* x, int n, Vec factor, std::int8_t* high, st
   return sum;
 }
 
+// What stands in each register, added up; there are at most four.
+template <int kOf>
+inline void add_up(const Vec (&x)[kOf], float* sums) {
+  Vec all[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+  STRATAKV_UNROLL
+  for (int m = 0; m < kOf; ++m) all[m] = x[m];
+  float out[4];
+  Vec::store_sums(all[0], all[1], all[2], all[3], out);
+  for (int m = 0; m < kOf; ++m) sums[m] = out[m];
+}
+
 // Numbers `[kOf][stride]`, whose largest ones are known, as digits `[kOf][2][padded(dim)]`, their scales, and their sums as
 // whole numbers. All of them at once, since each waits for its largest number.
 template <int kOf>
@@ -174,11 +185,13 @@ inline void digitise(const float* x, std::ptrdiff_t stride, int dim, const Vec (
     inverse[m] = Vec::all(to_digits(most));
     scale[m] = most > kLeast ? most / kMostDigits : 0.0f;
   }
+  Vec sums[kOf];
   STRATAKV_UNROLL
   for (int m = 0; m < kOf; ++m) {
     std::int8_t* const high = digits + m * digit_stride;
-    sum[m] = store_digits(x + m * stride, static_cast<int>(padded(dim)), inverse[m], high, high + padded(dim)).sum();
+    sums[m] = store_digits(x + m * stride, static_cast<int>(padded(dim)), inverse[m], high, high + padded(dim));
   }
+  add_up(sums, sum);
 }
 
 // A scaled query in the memory where it lies: rotated and as digits, where those are the same for all rows. Behind them
@@ -225,13 +238,14 @@ inline void digits_for(const float* queries, std::ptrdiff_t stride, int dim, con
       product.store(stepped[m] + d);
     }
   }
-  float scale[kQueries], sum[kQueries];
+  float scale[kQueries], sum[kQueries], of_base[kQueries];
+  add_up(base, of_base);
   digitise<kQueries>(stepped[0], kMostDim, dim, largest, memory, 2 * kMostDim, scale, sum);
   STRATAKV_UNROLL
   for (int m = 0; m < kQueries; ++m) {
     const std::int32_t* const digits = reinterpret_cast<const std::int32_t*>(memory + std::ptrdiff_t{m} * 2 * kMostDim);
     // A query or a parameter that is no number is one of the base's.
-    out[m] = {digits, digits + padded(dim) / 4, scale[m], 0, base[m].sum() - F::kMiddle * scale[m] * sum[m]};
+    out[m] = {digits, digits + padded(dim) / 4, scale[m], 0, of_base[m] - F::kMiddle * scale[m] * sum[m]};
   }
 }
 

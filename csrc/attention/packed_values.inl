@@ -48,12 +48,13 @@ struct ValueTiles {
   }
   Vec parameter(int t, int which, int part) const { return Vec::load(tiles[t].parameters + which * kLanes + part * Vec::kWidth); }
 
-  // Of weights, those of the tiles' rows in their lanes, and 0 in all others.
-  void spread(const float* weights, float* lanes) const {
-    for (int t = 0; t < n_tiles; ++t, lanes += kLanes) {
-      if (tiles[t].n < kLanes) fill(lanes, kLanes, 0.0f);
-      copy(weights + tiles[t].at, tiles[t].n, lanes + tiles[t].lane);
-    }
+  // Of weights, those of a tile's rows in their lanes, and 0 in all others.
+  Vec weights_of(int t, int part, const float* weights) const {
+    const Tile& tile = tiles[t];
+    if (tile.n == kLanes) return Vec::load(weights + tile.at + part * Vec::kWidth);
+    alignas(64) float lanes[kLanes] = {};
+    copy(weights + tile.at, tile.n, lanes + tile.lane);
+    return Vec::load(lanes + part * Vec::kWidth);
   }
 
   // `words` words of 4 bytes from word `at` of a tile on, of which a register takes what it has room for.
@@ -81,12 +82,10 @@ struct Weights {
 template <typename F>
 inline void weigh(const ValueTiles<F>& rows, int dim, int g, const float* weights, Weights& out) {
   alignas(64) float scaled[kMostTiles * kLanes];
-  rows.spread(weights, scaled);
   Vec largest = Vec::zero(), lowest = Vec::zero(), total = Vec::zero();
   for (int t = 0; t < rows.n_tiles; ++t) {
     for (int part = 0; part < kPieces; ++part) {
-      float* const at = scaled + t * kLanes + part * Vec::kWidth;
-      const Vec weight = Vec::load(at);
+      const Vec weight = rows.weights_of(t, part, weights);
       const Vec product = weight * where_seen(weight, rows.parameter(t, g, part));
       if constexpr (F::kAffine) {
         lowest = Vec::fma(weight, where_seen(weight, rows.parameter(t, PackedValues<F>::groups(dim) + g, part)), lowest);
@@ -94,13 +93,15 @@ inline void weigh(const ValueTiles<F>& rows, int dim, int g, const float* weight
       }
       largest = Vec::max(product, largest);
       total = total + product;
-      product.store(at);
+      product.store(scaled + t * kLanes + part * Vec::kWidth);
     }
   }
   const float most = largest.largest();
-  const float sum = store_digits(scaled, rows.n_tiles * kLanes, Vec::all(to_digits(most)), out.digits[0], out.digits[1]).sum();
-  out.scale = (most > kLeast ? most / kMostDigits : 0.0f) + 0.0f * total.sum();  // what is no number stays none
-  out.lowest = F::kAffine ? lowest.sum() - F::kMiddle * sum * out.scale : -128.0f * sum * out.scale;
+  const Vec digits = store_digits(scaled, rows.n_tiles * kLanes, Vec::all(to_digits(most)), out.digits[0], out.digits[1]);
+  float sums[4];
+  Vec::store_sums(digits, total, lowest, lowest, sums);
+  out.scale = (most > kLeast ? most / kMostDigits : 0.0f) + 0.0f * sums[1];  // what is no number stays none
+  out.lowest = F::kAffine ? sums[2] - F::kMiddle * sums[0] * out.scale : -128.0f * sums[0] * out.scale;
 }
 
 // values[m] = values[m] * decay[m] + sum over r of weights[m][r] * row r, rotated as the rows are.
@@ -109,10 +110,10 @@ inline void add_values(const ValueTiles<F>& rows, int dim, const float* weights,
                        bool fetches) {
   alignas(64) float scaled[kQueries][kMostTiles * kLanes];
   for (int m = 0; m < kQueries; ++m) {
-    rows.spread(weights + m * kTileRows, scaled[m]);
     for (int at = 0; at < rows.n_tiles * kLanes; at += Vec::kWidth) {
-      const Vec weight = Vec::load(scaled[m] + at);
-      (weight * where_seen(weight, rows.parameter(at / kLanes, 0, at % kLanes / Vec::kWidth))).store(scaled[m] + at);
+      const int t = at / kLanes, part = at % kLanes / Vec::kWidth;
+      const Vec weight = rows.weights_of(t, part, weights + m * kTileRows);
+      (weight * where_seen(weight, rows.parameter(t, 0, part))).store(scaled[m] + at);
     }
   }
   for (int d = 0; d < dim; d += Vec::kWidth) {

@@ -1,24 +1,29 @@
 // bf16 rows that meet queries and weights in bf16: one instruction adds up the products of pairs of numbers.
 //
 // Where it has its full rate (AMD from Zen 4 on) that is twice as many products as fp32 multiply-adds make, and rows need not
-// be widened. On Intel's processors with tile registers it has half of that, and the plain kernel is as good or better.
-// Numbers smaller than 2^-126 count as 0.
+// be widened. Where Intel's processors have tile registers it has half of that, and the plain kernel is as good or better.
+// Scores are scaled behind their sums, weights rounded behind the softmax, whose sum has them as they were: where many are
+// equal, all are rounded to the same side, up to half a unit of a bf16 output. Numbers below 2^-126 may count as 0.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "attention/arguments.h"
+#include "attention/formats.inl"
 #include "attention/tiles.inl"
 #include "isa/apart.h"
 #include "isa/partial.h"
 #include "isa/small.h"
+#if defined(__AVX512BF16__) && !defined(__AMX_TILE__)
+#include "isa/pairs.h"
+#define STRATAKV_HAS_PAIRS
+#endif
 
 namespace stratakv::STRATAKV_ISA {
 
-// A bf16 number of a row that is met so.
+// A bf16 number of a row that takes part in pairs.
 struct Paired {
   std::uint16_t bits;
 };
@@ -30,40 +35,55 @@ concept IsPaired = std::is_same_v<T, Paired>;
 template <typename V>
 using WeightOf = std::conditional_t<IsPaired<V>, BFloat, float>;
 
-#if defined(__AVX512BF16__) && !defined(__AMX_TILE__)
-constexpr bool kHasPairs = true;
+// Weights of a tile's rows, which were floats, in that type.
+template <typename V>
+inline void round_weights(float*, int) {}
+
+#ifndef STRATAKV_HAS_PAIRS
+
+inline bool takes_pairs(const AttentionArguments&) { return false; }
+
+// As in formats.inl.
+template <typename Function>
+inline void with_keys(NumberType type, bool, const Function& function) {
+  with_keys(type, function);
+}
+template <typename Function>
+inline void with_values(NumberType type, bool, const Function& function) {
+  with_values(type, function);
+}
+
 #else
-constexpr bool kHasPairs = false;
-#endif
 
-// Whether a call's bf16 rows are met so: an output in bf16 says no more than weights that are rounded to it.
-inline bool has_pairs(const AttentionArguments& a) { return kHasPairs && (a.rounds || a.query_type == NumberType::kBFloat); }
-
-#if defined(__AVX512BF16__) && !defined(__AMX_TILE__)
-
-constexpr int kPairedNumbers = 32;  // of a register
-constexpr std::ptrdiff_t kWeights = 2 * kTileRows;  // from one query's weights to the next one's, which were floats
-
-inline __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-
-// The first `n` numbers, at most a register's; the rest are zeros.
-inline __m512i load_paired(const void* from, int n) {
-  return n >= kPairedNumbers ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, from);
+// Whether bf16 rows of a call do. An output in bf16 is not made better by weights that are more exact.
+inline bool takes_pairs(const AttentionArguments& a) {
+  return a.rounds || (a.query_type == NumberType::kBFloat && !a.writes_floats);
 }
 
-// Two numbers, everywhere.
-inline __m512i pair_at(const BFloat* p) {
-  std::int32_t pair;
-  std::memcpy(&pair, p, sizeof pair);
-  return _mm512_set1_epi32(pair);
+// As in formats.inl, but for those.
+template <typename Function>
+inline void with_keys(NumberType type, bool in_pairs, const Function& function) {
+  in_pairs && type == NumberType::kBFloat ? function(Paired{}) : with_keys(type, function);
 }
+template <typename Function>
+inline void with_values(NumberType type, bool in_pairs, const Function& function) {
+  in_pairs && type == NumberType::kBFloat ? function(Paired{}) : with_values(type, function);
+}
+
+// Numbers from one query's weights to the next one's.
+constexpr std::ptrdiff_t kWeightStride = 2 * kTileRows;
 
 // `n` floats become bf16 numbers where they lie. There is room for whole registers of either.
 inline void round_in_place(float* numbers, int n) {
-  for (int i = 0; i < n; i += kPairedNumbers) {
+  for (int i = 0; i < n; i += kDeep) {
     const __m512 second = n - i > Vec::kWidth ? _mm512_loadu_ps(numbers + i + Vec::kWidth) : _mm512_setzero_ps();
     _mm512_storeu_si512(numbers + i / 2, (__m512i)_mm512_cvtne2ps_pbh(second, _mm512_loadu_ps(numbers + i)));
   }
+}
+
+template <IsPaired V>
+inline void round_weights(float* weights, int n) {
+  round_in_place(weights, n);
 }
 
 template <IsPaired K>
@@ -74,13 +94,14 @@ inline void arrange(float* query, int dim) {
 // Of few registers the queries stay in registers of their own, so that keys are read as they lie, which memory wants; of
 // others (kRegisters = 0) they are read again for each row.
 template <int kQueries, int kRegisters>
-inline void score_paired(const Paired* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, const char* ahead) {
+inline void score_paired(const Paired* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores,
+                         const char* ahead) {
   __m512i held[kQueries][larger(kRegisters, 1)];
-  const auto query = [&](int m, int d, int n) { return load_paired(reinterpret_cast<const BFloat*>(queries + m * stride) + d, n); };
+  const auto query = [&](int m, int d, int n) { return some_numbers(reinterpret_cast<const BFloat*>(queries + m * stride) + d, n); };
   STRATAKV_UNROLL
   for (int m = 0; m < kQueries && kRegisters > 0; ++m) {
     STRATAKV_UNROLL
-    for (int i = 0; i < kRegisters; ++i) held[m][i] = query(m, i * kPairedNumbers, kPairedNumbers);
+    for (int i = 0; i < kRegisters; ++i) held[m][i] = query(m, i * kDeep, kDeep);
   }
   const auto score = [&](const Paired* key, Vec (&sums)[kQueries]) {
     STRATAKV_UNROLL
@@ -88,13 +109,13 @@ inline void score_paired(const Paired* keys, int n_rows, int dim, const float* q
     if constexpr (kRegisters > 0) {
       STRATAKV_UNROLL
       for (int i = 0; i < kRegisters; ++i) {
-        const __m512i k = load_paired(key + i * kPairedNumbers, kPairedNumbers);
+        const __m512i k = some_numbers(key + i * kDeep, kDeep);
         STRATAKV_UNROLL
         for (int m = 0; m < kQueries; ++m) sums[m].v = dot(sums[m].v, held[m][i], k);
       }
     } else {
-      for (int d = 0; d < dim; d += kPairedNumbers) {
-        const __m512i k = load_paired(key + d, dim - d);
+      for (int d = 0; d < dim; d += kDeep) {
+        const __m512i k = some_numbers(key + d, dim - d);
         STRATAKV_UNROLL
         for (int m = 0; m < kQueries; ++m) sums[m].v = dot(sums[m].v, query(m, d, dim - d), k);
       }
@@ -120,24 +141,22 @@ inline void score_paired(const Paired* keys, int n_rows, int dim, const float* q
 template <IsPaired K, int kQueries>
 inline void score_rows(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, const char* ahead) {
   switch (dim) {
-    case 2 * kPairedNumbers: return score_paired<kQueries, 2>(keys, n_rows, dim, queries, stride, scores, ahead);
-    case 3 * kPairedNumbers: return score_paired<kQueries, 3>(keys, n_rows, dim, queries, stride, scores, ahead);
-    case 4 * kPairedNumbers: return score_paired<kQueries, 4>(keys, n_rows, dim, queries, stride, scores, ahead);
+    case 2 * kDeep: return score_paired<kQueries, 2>(keys, n_rows, dim, queries, stride, scores, ahead);
+    case 3 * kDeep: return score_paired<kQueries, 3>(keys, n_rows, dim, queries, stride, scores, ahead);
+    case 4 * kDeep: return score_paired<kQueries, 4>(keys, n_rows, dim, queries, stride, scores, ahead);
     default: return score_paired<kQueries, 0>(keys, n_rows, dim, queries, stride, scores, ahead);
   }
 }
 
+// Registers of sums that add_some has, beside rows and weights.
+constexpr int kMostSums = 18;
+
 // kRegisters of each row's columns. Two rows side by side are pairs, whose columns come out in the order that `settle` ends.
-// The first row's are read before the second one's.
+// All of the first row is read before the second one, since memory is fastest in the order in which it lies.
 template <int kQueries, int kRegisters>
-inline void add_paired(const Paired* rows, int n_rows, int dim, const BFloat* weights, const float* decay, float* values,
-                       std::ptrdiff_t value_stride, const char* ahead) {
+inline void add_some(const Paired* rows, int n_rows, int dim, const BFloat* weights, const float* decay, float* values,
+                     std::ptrdiff_t value_stride, const char* ahead) {
   constexpr int kSums = 2 * kRegisters;
-  if constexpr (kQueries > 2 && kQueries * kSums > 18) {  // no room for all; the others find the rows in the first cache
-    add_paired<2, kRegisters>(rows, n_rows, dim, weights, decay, values, value_stride, ahead);
-    add_paired<kQueries - 2, kRegisters>(rows, n_rows, dim, weights + 2 * kWeights, decay + 2, values + 2 * value_stride, value_stride, nullptr);
-    return;
-  }
   Vec sums[kQueries][kSums];
   STRATAKV_UNROLL
   for (int m = 0; m < kQueries; ++m) {
@@ -151,15 +170,15 @@ inline void add_paired(const Paired* rows, int n_rows, int dim, const BFloat* we
     const Paired* const row = rows + std::ptrdiff_t{r} * dim;
     __m512i first[kRegisters], pairs[kQueries];
     STRATAKV_UNROLL
-    for (int i = 0; i < kRegisters; ++i) first[i] = _mm512_loadu_si512(row + i * kPairedNumbers);
+    for (int i = 0; i < kRegisters; ++i) first[i] = _mm512_loadu_si512(row + i * kDeep);
     STRATAKV_UNROLL
     for (int m = 0; m < kQueries; ++m) {
-      pairs[m] = pair_at(weights + m * kWeights + r);
+      pairs[m] = pair_at(weights + m * kWeightStride + r);
       if (kRows == 1) pairs[m] = _mm512_and_si512(pairs[m], _mm512_set1_epi32(0xFFFF));
     }
     STRATAKV_UNROLL
     for (int i = 0; i < kRegisters; ++i) {
-      const __m512i second = kRows == 1 ? _mm512_setzero_si512() : _mm512_loadu_si512(row + dim + i * kPairedNumbers);
+      const __m512i second = kRows == 1 ? _mm512_setzero_si512() : _mm512_loadu_si512(row + dim + i * kDeep);
       const __m512i low = _mm512_unpacklo_epi16(first[i], second), high = _mm512_unpackhi_epi16(first[i], second);
       STRATAKV_UNROLL
       for (int m = 0; m < kQueries; ++m) {
@@ -178,6 +197,18 @@ inline void add_paired(const Paired* rows, int n_rows, int dim, const BFloat* we
   }
 }
 
+// For all queries: those that find no room find the rows in the first cache.
+template <int kQueries, int kRegisters>
+inline void add_paired(const Paired* rows, int n_rows, int dim, const BFloat* weights, const float* decay, float* values,
+                       std::ptrdiff_t value_stride, const char* ahead) {
+  constexpr int kAtOnce = smaller(kQueries, kMostSums / (2 * kRegisters));
+  add_some<kAtOnce, kRegisters>(rows, n_rows, dim, weights, decay, values, value_stride, ahead);
+  if constexpr (kQueries > kAtOnce) {
+    add_paired<kQueries - kAtOnce, kRegisters>(rows, n_rows, dim, weights + kAtOnce * kWeightStride, decay + kAtOnce,
+                                               values + kAtOnce * value_stride, value_stride, nullptr);
+  }
+}
+
 template <IsPaired V, int kQueries>
 inline void add_values(const V* rows, int n_rows, int dim, const BFloat* weights, const float* decay, float* values,
                        std::ptrdiff_t value_stride, const char* ahead) {
@@ -185,10 +216,10 @@ inline void add_values(const V* rows, int n_rows, int dim, const BFloat* weights
   const auto add = [&](auto registers) {
     constexpr int kRegisters = decltype(registers)::value;
     add_paired<kQueries, kRegisters>(rows + d, n_rows, dim, weights, decay, values + d, value_stride, d == 0 ? ahead : nullptr);
-    d += kRegisters * kPairedNumbers;
+    d += kRegisters * kDeep;
   };
-  while (d + 4 * kPairedNumbers <= dim) add(Count<4>{});
-  switch ((dim - d) / kPairedNumbers) {
+  while (d + 4 * kDeep <= dim) add(Count<4>{});
+  switch ((dim - d) / kDeep) {
     case 3: add(Count<3>{}); break;
     case 2: add(Count<2>{}); break;
     case 1: add(Count<1>{}); break;
@@ -200,7 +231,8 @@ inline void add_values(const V* rows, int n_rows, int dim, const BFloat* weights
       Vec sum = Vec::load(to) * Vec::all(decay[m]);
       for (int r = 0; r < n_rows; ++r) {
         const BFloat* const row = reinterpret_cast<const BFloat*>(rows) + std::ptrdiff_t{r} * dim + d;
-        sum = Vec::fma(Vec::all(widened(weights[m * kWeights + r])), load_up_to(row, dim - d), sum);
+        const Vec weight = {_mm512_castsi512_ps(_mm512_slli_epi32(pair_at(weights + m * kWeightStride + r), 16))};
+        sum = Vec::fma(weight, load_up_to(row, dim - d), sum);
       }
       sum.store(to);
     }
@@ -210,20 +242,16 @@ inline void add_values(const V* rows, int n_rows, int dim, const BFloat* weights
 // Fours of columns in turns, a register of the first ones and one of the others; and back.
 template <IsPaired V>
 inline void unsettle(float* values, int dim) {
-  for (int d = 0; d + kPairedNumbers <= dim; d += kPairedNumbers) {
+  for (int d = 0; d + kDeep <= dim; d += kDeep) {
     reorder(values + d, _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27), 4);
   }
 }
 template <IsPaired V>
 inline void settle(float* values, int dim) {
-  for (int d = 0; d + kPairedNumbers <= dim; d += kPairedNumbers) {
+  for (int d = 0; d + kDeep <= dim; d += kDeep) {
     reorder(values + d, _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23), 8);
   }
 }
-
-#else
-
-inline void round_in_place(float*, int) {}
 
 #endif
 

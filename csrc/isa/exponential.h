@@ -19,12 +19,13 @@ struct Reduced {
   }
 };
 
-// e^x for x <= 0. NaN gives NaN.
+// e^x for x <= 0; 0 below -87.3, where floats end but for those with which processors are slow. NaN gives NaN.
 inline Vec exponential(Vec x) {
 #ifdef __AVX512F__
-  return exponential_2((x * Vec::all(kLog2E)).v);  // to (2 + |x|) 1e-7
+  const Vec power = x * Vec::all(kLog2E);  // to (2 + |x|) 1e-7
+  return Vec::zero_where_less(power, Vec::all(-126.0f), exponential_2(power.v));
 #else
-  // To about 2 units in the last place, 0 below -87.3, where floats end; e^r by its series to the sixth power.
+  // To about 2 units in the last place; e^r by its series to the sixth power.
   const Vec lowest = Vec::all(kLowestExponent);
   const auto [n, r] = Reduced::of(Vec::max(lowest, x));  // keeps NaN in its second operand
   Vec p = Vec::all(1.0f / 720);

@@ -4,7 +4,6 @@
 #include <immintrin.h>
 
 #include <cstddef>
-#include <cstring>
 
 #include "isa/small.h"
 #include "numbers.h"
@@ -89,15 +88,6 @@ class Tiles {
       STRATAKV_UNROLL
       for (int i = 0; i < kRows; ++i) sums[i] = dot(sums[i], pair_at(rows + i * pitch + d), columns);
     }
-  }
-
-  static __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-
-  // Two numbers, everywhere.
-  static __m512i pair_at(const BFloat* p) {
-    int pair;
-    std::memcpy(&pair, p, sizeof pair);
-    return _mm512_set1_epi32(pair);
   }
 
   int n_ = kTiledPair;

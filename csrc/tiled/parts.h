@@ -5,13 +5,13 @@
 
 #include <cstddef>
 
+#include "isa/pairs.h"
 #include "numbers.h"
 
 namespace stratakv::STRATAKV_ISA {
 
 constexpr int kTile = 16;            // rows of a tile, and fp32 numbers of a row
-constexpr int kDeep = 32;            // bf16 numbers of a row
-constexpr int kTileNumbers = kTile * kDeep;  // bf16 numbers of a tile
+constexpr int kTileNumbers = kTile * kDeep;  // bf16 numbers of a tile, of which a row has kDeep
 constexpr int kTiledPair = 2 * kTile;  // two tiles side by side, or one below the other
 
 inline std::ptrdiff_t whole_steps(std::ptrdiff_t n) { return (n + kDeep - 1) / kDeep; }

@@ -219,12 +219,6 @@ class TiledPrefilling {
     for (int d = 0; d < width; d += kDeep) _mm512_storeu_si512(to + d, some_numbers(from + d, dim - d));
   }
 
-  // The first `n` numbers, at most 32, and zeros.
-  static __m512i some_numbers(const BFloat* from, int n) {
-    if (n >= kDeep) return _mm512_loadu_si512(from);
-    return n <= 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, from);
-  }
-
   // 16 numbers from d on of 32 rows from `row` on, of which `n` are there, become 16 rows of 32.
   void turn_values(const BFloat* const* rows, int n, int row, int d, BFloat* to) const {
     const int dims = a_.pages.v_dim - d;

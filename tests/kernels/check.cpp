@@ -29,6 +29,9 @@ constexpr NumberType kTypes[] = {NumberType::kFloat, NumberType::kBFloat, Number
 NumberType any_type() { return kTypes[any(0, 2)]; }
 NumberType any_page_type() { return any(0, 1) ? any_type() : static_cast<NumberType>(any(3, 6)); }
 
+// Kernels have ways of their own for some.
+int any_dim() { return one_of({any(1, 140), 32, 64, 80, 96, 128, 192, 256}); }
+
 // The number of a format that is nearest to x, of two the even one; or infinity.
 float held(float x, NumberType type) {
   if (type == NumberType::kFloat || x == 0 || !std::isfinite(x)) return x;
@@ -155,9 +158,12 @@ struct Room {
   float* at() { return reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(floats.data()) + 63) / 64 * 64); }
 };
 
-bool is_near(const std::string& what, const std::vector<float>& found, const std::vector<double>& expected, double tolerance) {
+// Within `tolerance` of what was expected, or of what was added up to it.
+bool is_near(const std::string& what, const std::vector<float>& found, const std::vector<double>& expected, double tolerance,
+             const std::vector<double>& sizes = {}) {
   for (std::size_t i = 0; i < expected.size(); ++i) {
-    if (found[i] == expected[i] || (std::isfinite(expected[i]) && std::fabs(found[i] - expected[i]) <= tolerance * (1 + std::fabs(expected[i])))) continue;
+    const double size = 1 + (sizes.empty() ? std::fabs(expected[i]) : sizes[i]);
+    if (found[i] == expected[i] || (std::isfinite(expected[i]) && std::fabs(found[i] - expected[i]) <= tolerance * size)) continue;
     std::printf("%s: number %zu is %g, expected %g\n", what.c_str(), i, found[i], expected[i]);
     return false;
   }
@@ -166,8 +172,8 @@ bool is_near(const std::string& what, const std::vector<float>& found, const std
 
 // A call over random pages, of which rows that were not written are no numbers.
 struct Call {
-  int n_sequences = any(1, 3), heads = any(1, 3), group = any(1, 5), n_new = one_of({1, 1, 2, 9, 40}), span = one_of({1, 7, 16, 64});
-  int k_dim = any(1, 140), v_dim = any(1, 140), n_queries = heads * group, most = 0, n_blocks = 1;
+  int n_sequences = any(1, 3), heads = any(1, 3), group = one_of({1, 2, 3, 4, 5, 16}), n_new = one_of({1, 1, 2, 9, 40}), span = one_of({1, 7, 16, 64});
+  int k_dim = any_dim(), v_dim = any(0, 1) ? k_dim : any_dim(), n_queries = heads * group, most = 0, n_blocks = 1;
   NumberType k_type = any_page_type(), v_type = any_page_type(), type = any_type();
   std::vector<std::int32_t> counts, skips, firsts, query_positions, table;
   std::vector<float> keys, values;
@@ -206,6 +212,11 @@ struct Call {
   bool is_packed() const { return !is_plain(k_type) || !is_plain(v_type); }
   bool is_tiled(const Kernels& kernels) const {
     return std::string(kernels.isa) == "amx" && k_type != NumberType::kFloat && v_type != NumberType::kFloat;
+  }
+
+  // bf16 rows meet queries and weights that are rounded to it.
+  bool takes_pairs(const Kernels& kernels) const {
+    return std::string(kernels.isa) == "avx512_bf16" && !kernels.is_prompt(a) && (a.rounds || type == NumberType::kBFloat);
   }
 
   // Of one row of the slab: row r of a sequence's keys (or values) for one head.
@@ -264,12 +275,15 @@ bool check_attention(const Kernels& kernels) {
   a.rules = {0.3f, one_of({0.0f, 4.0f}), any(0, 1), one_of({0, 0, 9}), one_of({0, 3}), nullptr, nullptr};
   a.rounds = any(0, 3) == 0;
   call.run(kernels);
-  std::vector<double> expected, expected_lse;
+  const bool rounds_queries = call.takes_pairs(kernels) && call.k_type == NumberType::kBFloat;
+  const bool rounds_weights = call.takes_pairs(kernels) && call.v_type == NumberType::kBFloat;
+  std::vector<double> expected, expected_lse, sizes;
   for (std::size_t i = 0; i < call.lse.size(); ++i) {
     const int token = i % call.n_new, head = i / call.n_new % call.n_queries / call.group, s = i / call.n_new / call.n_queries;
     const int mine = call.query_positions[s] + token;
+    const float* const query = call.query.values.data() + i * call.k_dim;
     double sum = 0;
-    std::vector<double> gathered(call.v_dim);
+    std::vector<double> gathered(call.v_dim), size(call.v_dim);
     for (int r = call.skips[s]; r < call.counts[s]; ++r) {
       const int position = call.firsts[s] + r;
       if (a.rules.is_causal && position > mine) continue;
@@ -277,31 +291,38 @@ bool check_attention(const Kernels& kernels) {
       const float* const key = call.keys.data() + call.at(s, head, r) * call.k_dim;
       const float* const value = call.values.data() + call.at(s, head, r) * call.v_dim;
       double score = 0;
-      for (int d = 0; d < call.k_dim; ++d) score += double{call.query.values[i * call.k_dim + d]} * key[d];
+      for (int d = 0; d < call.k_dim; ++d) score += double{rounds_queries ? held(query[d], NumberType::kBFloat) : query[d]} * key[d];
       score *= a.rules.scale;
       if (a.rules.softcap > 0) score = a.rules.softcap * std::tanh(score / a.rules.softcap);
       const double weight = std::exp(score);
       sum += weight;
-      for (int d = 0; d < call.v_dim; ++d) gathered[d] += weight * value[d];
+      for (int d = 0; d < call.v_dim; ++d) {
+        gathered[d] += weight * value[d];
+        size[d] += weight * std::fabs(value[d]);
+      }
     }
     expected_lse.push_back(std::log(sum));
     for (double x : gathered) expected.push_back(sum == 0 ? 0 : x / sum);
+    for (double x : size) sizes.push_back(sum == 0 ? 0 : x / sum);
   }
   std::vector<float> found;
   for (std::size_t i = 0; i < expected.size(); ++i) found.push_back(taken(call.out.data() + i * bytes_of(call.type), call.type));
-  const double tolerance = a.rounds && kernels.tiles_bf16 ? 5e-2 : call.is_packed() ? 2e-3 : call.is_tiled(kernels) ? 2e-4 : 2e-5;
-  const double rounding = call.type == NumberType::kFloat ? 0 : call.type == NumberType::kBFloat ? 4e-3 : 5e-4;
+  const bool rounds_all = a.rounds && kernels.tiles_bf16 && kernels.is_prompt(a);
+  const double tolerance = rounds_all ? 5e-2 : call.is_packed() ? 2e-3 : call.is_tiled(kernels) ? 2e-4 : 2e-5;
+  const double rounding = (rounds_weights ? 4e-3 : 0) + (call.type == NumberType::kFloat ? 0 : call.type == NumberType::kBFloat ? 4e-3 : 5e-4);
   const std::string what = std::string(kernels.isa) + " attention, " + name_of(call.k_type) + " " + std::to_string(call.k_dim) + ", " +
                            name_of(call.v_type) + " " + std::to_string(call.v_dim) + ", queries in " + name_of(call.type) + ", first rows " +
                            std::to_string(call.counts[0]) + ", new " + std::to_string(call.n_new) + ", group " + std::to_string(call.group);
-  return is_near(what, found, expected, tolerance + rounding) && is_near(what + ", log-sum-exp", call.lse, expected_lse, tolerance);
+  return is_near(what, found, expected, tolerance + rounding, sizes) && is_near(what + ", log-sum-exp", call.lse, expected_lse, tolerance);
 }
 
 // Who sees one row only gets its values, rounded to nearest.
 bool check_rounding(const Kernels& kernels) {
-  const float sizes[] = {1e-41f, 1e-7f, 3e-5f, 1, 300, 3e4f, 1e38f};  // of values
-  Call call({0}, sizes[any(0, 6)]);
+  const float sizes[] = {1e-39f, 1e-7f, 3e-5f, 1, 300, 3e4f, 1e38f};  // of values
+  const float size = sizes[any(0, 6)];
+  Call call({0}, size);
   if (call.n_new > 1 || call.skips[0] > 0 || call.is_packed() || call.is_tiled(kernels)) return true;
+  if (call.v_type == NumberType::kBFloat && call.takes_pairs(kernels) && size == sizes[0]) return true;
   call.a.rules = {0.0f, 0, 1, 0, 0, nullptr, nullptr};
   call.run(kernels);
   for (int q = 0; q < call.n_queries; ++q) {
