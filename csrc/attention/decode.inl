@@ -108,10 +108,6 @@ class Decoding {
     order_ = type;
   }
 
-  static void scale(float* scores, int n, float by) {
-    for (int r = 0; r < n; r += Vec::kWidth) (Vec::load(scores + r) * Vec::all(by)).store(scores + r);
-  }
-
   // At most kTileRows rows. All keys of a block lie before its values, and all pages are read in that order.
   void attend(const Strand& own, int from, int to) {
     const AttentionArguments& a = *own.a;
@@ -120,17 +116,14 @@ class Decoding {
       using K = decltype(format);
       each_page<IsPacked<K> ? kTileRows : kTurn>(a, from, to, [&](const Stretch& rows, int head) {
         const auto keys = key_rows_in<K>(a.pages, rows.bytes + keys_at(a.pages, head), rows.in_page);
-        const std::ptrdiff_t distance = IsPacked<K> ? a.pages.k_page_bytes : pages_ahead();
         in_fours(m, [&](int i, auto count) {
           const std::ptrdiff_t query = std::ptrdiff_t{head} * m + i;
           score_rows<K, decltype(count)::value>(keys, rows.n, a.pages.k_dim, own.queries + query * k_stride_, k_stride_,
                                                 scores_ + query * kTileRows + rows.at,
-                                                i == 0 ? ahead(a, rows, place_of(keys), distance) : nullptr);
+                                                i == 0 ? wanted(a, rows, place_of(keys), IsPacked<K>) : Wanted{});
         });
       });
-      if constexpr (IsPaired<K>) {
-        for (int i = 0; i < n_; ++i) scale(scores_ + std::ptrdiff_t{i} * kTileRows, n, a.rules.scale);
-      }
+      for (int i = 0; i < n_; ++i) scale_scores<K>(scores_ + std::ptrdiff_t{i} * kTileRows, n, a.rules.scale);
     });
     const Sight sight(a, sequence_);
     for (int i = 0; i < n_; ++i) {
@@ -149,7 +142,7 @@ class Decoding {
           const auto* const weights = reinterpret_cast<const WeightOf<V>*>(scores_ + query * kTileRows) + rows.at;
           add_values<V, decltype(count)::value>(values, rows.n, v_dim_, weights, decay_ + query,
                                                 state_.values + query * v_stride_, v_stride_,
-                                                i == 0 ? ahead(a, rows, place_of(values), pages_ahead()) : nullptr);
+                                                i == 0 ? wanted(a, rows, place_of(values), false) : Wanted{});
           for (int j = 0; j < decltype(count)::value; ++j) decay_[query + j] = 1.0f;  // the tile's other rows add to this
         });
       });
@@ -199,6 +192,14 @@ class Decoding {
     const std::ptrdiff_t wanted = static_cast<const char*>(place) - rows.bytes + distance;
     const std::ptrdiff_t behind = wanted - a.pages.n_heads * (a.pages.k_page_bytes + a.pages.v_page_bytes);
     return behind < 0 ? rows.bytes + wanted : rows.next + behind;
+  }
+
+  // Rows of few bits ask for the next page. AMD's wide processors drop what they have no place for, and compute so fast that
+  // it is much: they are asked twice.
+  static Wanted wanted(const AttentionArguments& a, const Stretch& rows, const void* place, bool is_packed) {
+    if (is_packed) return {ahead(a, rows, place, a.pages.k_page_bytes), nullptr};
+    const int most = pages_ahead();
+    return {ahead(a, rows, place, most), is_wide_amd() ? ahead(a, rows, place, most / 2) : nullptr};
   }
 
   // function(stretch, head) for the rows [from, to).

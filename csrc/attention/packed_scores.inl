@@ -94,7 +94,7 @@ inline void score_tiles(const PackedKeys<F>& rows, int tile, int part, const Dig
 // Scores of `n` rows, of which the first tile and the last may have others, too.
 template <typename F, int kQueries>
 inline void score_rows(const PackedKeys<F>& rows, int n, int dim, const float* queries, std::ptrdiff_t stride, float* scores,
-                       const char* ahead) {
+                       Wanted wanted) {
   constexpr int kTiles = Vec::kRegisters >= 32 ? 2 : 1;  // as many as leave all sums in registers
   const int from = rows.row, to = rows.row + n;
   const std::ptrdiff_t tile_bytes = PackedKeys<F>::tile_bytes(dim);
@@ -116,10 +116,10 @@ inline void score_rows(const PackedKeys<F>& rows, int n, int dim, const float* q
   const auto advance = [&](auto count) {
     constexpr int kCount = decltype(count)::value;
     for (; tile + kCount <= end; tile += kCount) {
-      const char* const wanted = ahead == nullptr ? nullptr : ahead + (tile - from / kLanes) * tile_bytes;
+      const char* const ahead = wanted.far == nullptr ? nullptr : wanted.far + (tile - from / kLanes) * tile_bytes;
       for (int part = 0; part < kPieces; ++part) {
         Vec total[kCount][kQueries];
-        const char* const lines = part == 0 ? wanted : nullptr;
+        const char* const lines = part == 0 ? ahead : nullptr;
         if constexpr (IsFloating<F>) score_tiles<F, kQueries, kCount>(rows, tile, part, queries, stride, total, lines);
         else score_tiles<F, kQueries, kCount>(rows, tile, part, digits, total, lines);
         for (int t = 0; t < kCount; ++t) put(tile + t, part, total[t]);
@@ -137,7 +137,7 @@ inline void score_rows(const PackedKeys<F>& rows, int n, int dim, const float* q
     const std::ptrdiff_t group_bytes = std::ptrdiff_t{2 * static_cast<int>(sizeof(BFloat))} * dim;
     for (int group = from / kGroupRows; group * kGroupRows < to; ++group) {
       const char* const own = reinterpret_cast<const char*>(rows.parameters) + group * group_bytes;
-      if (ahead != nullptr) fetch_page(ahead + (own - rows.codes) - from / kLanes * tile_bytes, group_bytes);
+      if (wanted.far != nullptr) fetch_page(wanted.far + (own - rows.codes) - from / kLanes * tile_bytes, group_bytes);
       digits_for<F, kQueries>(queries, stride, dim, rows.parameters + std::ptrdiff_t{group} * 2 * dim, memory[0], digits);
       advance_to(smaller(last, (group + 1) * kGroupRows / kLanes));
     }

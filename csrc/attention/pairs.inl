@@ -35,6 +35,10 @@ concept IsPaired = std::is_same_v<T, Paired>;
 template <typename V>
 using WeightOf = std::conditional_t<IsPaired<V>, BFloat, float>;
 
+// Scores of a tile's rows are scaled, where queries of such keys were not.
+template <typename K>
+inline void scale_scores(float*, int, float) {}
+
 // Weights of a tile's rows, which were floats, in that type.
 template <typename V>
 inline void round_weights(float*, int) {}
@@ -81,6 +85,11 @@ inline void round_in_place(float* numbers, int n) {
   }
 }
 
+template <IsPaired K>
+inline void scale_scores(float* scores, int n, float scale) {
+  for (int r = 0; r < n; r += Vec::kWidth) (Vec::load(scores + r) * Vec::all(scale)).store(scores + r);
+}
+
 template <IsPaired V>
 inline void round_weights(float* weights, int n) {
   round_in_place(weights, n);
@@ -95,7 +104,7 @@ inline void arrange(float* query, int dim) {
 // others (kRegisters = 0) they are read again for each row.
 template <int kQueries, int kRegisters>
 inline void score_paired(const Paired* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores,
-                         const char* ahead) {
+                         Wanted wanted) {
   __m512i held[kQueries][larger(kRegisters, 1)];
   const auto query = [&](int m, int d, int n) { return some_numbers(reinterpret_cast<const BFloat*>(queries + m * stride) + d, n); };
   STRATAKV_UNROLL
@@ -124,7 +133,7 @@ inline void score_paired(const Paired* keys, int n_rows, int dim, const float* q
   const std::ptrdiff_t row_bytes = dim * std::ptrdiff_t{sizeof(Paired)};
   int r = 0;
   for (; r + 4 <= n_rows; r += 4, keys += 4 * std::ptrdiff_t{dim}) {
-    if (ahead != nullptr) fetch_page(ahead + r * row_bytes, 4 * row_bytes);
+    fetch_page(wanted, r * row_bytes, 4 * row_bytes);
     Vec sums[4][kQueries];
     STRATAKV_UNROLL
     for (int i = 0; i < 4; ++i) score(keys + i * std::ptrdiff_t{dim}, sums[i]);
@@ -139,12 +148,13 @@ inline void score_paired(const Paired* keys, int n_rows, int dim, const float* q
 }
 
 template <IsPaired K, int kQueries>
-inline void score_rows(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, const char* ahead) {
+inline void score_rows(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores,
+                       Wanted wanted) {
   switch (dim) {
-    case 2 * kDeep: return score_paired<kQueries, 2>(keys, n_rows, dim, queries, stride, scores, ahead);
-    case 3 * kDeep: return score_paired<kQueries, 3>(keys, n_rows, dim, queries, stride, scores, ahead);
-    case 4 * kDeep: return score_paired<kQueries, 4>(keys, n_rows, dim, queries, stride, scores, ahead);
-    default: return score_paired<kQueries, 0>(keys, n_rows, dim, queries, stride, scores, ahead);
+    case 2 * kDeep: return score_paired<kQueries, 2>(keys, n_rows, dim, queries, stride, scores, wanted);
+    case 3 * kDeep: return score_paired<kQueries, 3>(keys, n_rows, dim, queries, stride, scores, wanted);
+    case 4 * kDeep: return score_paired<kQueries, 4>(keys, n_rows, dim, queries, stride, scores, wanted);
+    default: return score_paired<kQueries, 0>(keys, n_rows, dim, queries, stride, scores, wanted);
   }
 }
 
@@ -155,7 +165,7 @@ constexpr int kMostSums = 18;
 // All of the first row is read before the second one, since memory is fastest in the order in which it lies.
 template <int kQueries, int kRegisters>
 inline void add_some(const Paired* rows, int n_rows, int dim, const BFloat* weights, const float* decay, float* values,
-                     std::ptrdiff_t value_stride, const char* ahead) {
+                     std::ptrdiff_t value_stride, Wanted wanted) {
   constexpr int kSums = 2 * kRegisters;
   Vec sums[kQueries][kSums];
   STRATAKV_UNROLL
@@ -166,7 +176,7 @@ inline void add_some(const Paired* rows, int n_rows, int dim, const BFloat* weig
   const std::ptrdiff_t row_bytes = dim * std::ptrdiff_t{sizeof(Paired)};
   const auto add = [&](int r, auto count) {
     constexpr int kRows = decltype(count)::value;
-    if (ahead != nullptr) fetch_page(ahead + r * row_bytes, kRows * row_bytes);
+    fetch_page(wanted, r * row_bytes, kRows * row_bytes);
     const Paired* const row = rows + std::ptrdiff_t{r} * dim;
     __m512i first[kRegisters], pairs[kQueries];
     STRATAKV_UNROLL
@@ -200,22 +210,22 @@ inline void add_some(const Paired* rows, int n_rows, int dim, const BFloat* weig
 // For all queries: those that find no room find the rows in the first cache.
 template <int kQueries, int kRegisters>
 inline void add_paired(const Paired* rows, int n_rows, int dim, const BFloat* weights, const float* decay, float* values,
-                       std::ptrdiff_t value_stride, const char* ahead) {
+                       std::ptrdiff_t value_stride, Wanted wanted) {
   constexpr int kAtOnce = smaller(kQueries, kMostSums / (2 * kRegisters));
-  add_some<kAtOnce, kRegisters>(rows, n_rows, dim, weights, decay, values, value_stride, ahead);
+  add_some<kAtOnce, kRegisters>(rows, n_rows, dim, weights, decay, values, value_stride, wanted);
   if constexpr (kQueries > kAtOnce) {
     add_paired<kQueries - kAtOnce, kRegisters>(rows, n_rows, dim, weights + kAtOnce * kWeightStride, decay + kAtOnce,
-                                               values + kAtOnce * value_stride, value_stride, nullptr);
+                                               values + kAtOnce * value_stride, value_stride, {});
   }
 }
 
 template <IsPaired V, int kQueries>
 inline void add_values(const V* rows, int n_rows, int dim, const BFloat* weights, const float* decay, float* values,
-                       std::ptrdiff_t value_stride, const char* ahead) {
+                       std::ptrdiff_t value_stride, Wanted wanted) {
   int d = 0;
   const auto add = [&](auto registers) {
     constexpr int kRegisters = decltype(registers)::value;
-    add_paired<kQueries, kRegisters>(rows + d, n_rows, dim, weights, decay, values + d, value_stride, d == 0 ? ahead : nullptr);
+    add_paired<kQueries, kRegisters>(rows + d, n_rows, dim, weights, decay, values + d, value_stride, d == 0 ? wanted : Wanted{});
     d += kRegisters * kDeep;
   };
   while (d + 4 * kDeep <= dim) add(Count<4>{});

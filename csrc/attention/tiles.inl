@@ -98,31 +98,48 @@ inline void fetch_page(const void* bytes, std::ptrdiff_t n) {
   for (const char* end = line + n; line < end; line += 64) __builtin_prefetch(line, 0, 2);
 }
 
+// What comes next in pages, or null: far ahead and, where asking once is not enough, once more on the way.
+struct Wanted {
+  const char *far = nullptr, *near = nullptr;
+};
+
+// `n` bytes of it from `at` on.
+inline void fetch_page(Wanted wanted, std::ptrdiff_t at, std::ptrdiff_t n) {
+  if (wanted.far == nullptr) return;
+  if (wanted.near == nullptr) return fetch(wanted.far + at, n);
+  for (const std::ptrdiff_t end = at + n; at < end; at += 64) {
+    __builtin_prefetch(wanted.far + at, 0, 2);
+    __builtin_prefetch(wanted.near + at, 0, 2);
+  }
+}
+
 // How far ahead pages are asked for. Nearer, and steps that are long in computing come too late for it; farther, and it
 // leaves the first cache again. In the second cache there is room for more.
 inline int pages_ahead() { return is_wide_amd() ? 8192 : 4096; }
 
 // Scores of all rows, kRows at a time.
 template <typename K, int kQueries, int kRows>
-inline void score_rows_by(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, const char* ahead) {
+inline void score_rows_by(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores,
+                          Wanted wanted) {
   int r = 0;
   for (; r + kRows <= n_rows; r += kRows) {
-    if (ahead != nullptr) fetch_page(ahead + r * dim * std::ptrdiff_t{sizeof(K)}, kRows * dim * std::ptrdiff_t{sizeof(K)});
+    fetch_page(wanted, r * dim * std::ptrdiff_t{sizeof(K)}, kRows * dim * std::ptrdiff_t{sizeof(K)});
     score_tile<K, kQueries, kRows>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r, kTileRows);
   }
   for (; r < n_rows; ++r) score_tile<K, kQueries, 1>(keys + std::ptrdiff_t{r} * dim, dim, queries, stride, scores + r, kTileRows);
 }
 
-// Scores of all rows. Of all queries that meet the rows, the first ones fetch as many bytes from `ahead` on.
+// Scores of all rows. Of all queries that meet the rows, the first ones fetch as many bytes of what is wanted.
 template <typename K, int kQueries>
-inline void score_rows(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores, const char* ahead) {
+inline void score_rows(const K* keys, int n_rows, int dim, const float* queries, std::ptrdiff_t stride, float* scores,
+                       Wanted wanted) {
   // As many as leave all sums in registers. With 16 of those, three rows for four queries are faster than four, which
   // leave no register free, but for short ones: their sums are then added up one by one.
   constexpr int kRows = Vec::kRegisters >= 32 ? (kQueries <= 2 ? 8 : 4) : (kQueries == 1 ? 8 : 4);
   if constexpr (Vec::kRegisters < 32 && kQueries == 4) {
-    if (dim >= 80) return score_rows_by<K, kQueries, 3>(keys, n_rows, dim, queries, stride, scores, ahead);
+    if (dim >= 80) return score_rows_by<K, kQueries, 3>(keys, n_rows, dim, queries, stride, scores, wanted);
   }
-  score_rows_by<K, kQueries, kRows>(keys, n_rows, dim, queries, stride, scores, ahead);
+  score_rows_by<K, kQueries, kRows>(keys, n_rows, dim, queries, stride, scores, wanted);
 }
 
 // Registers of columns whose sums add_values has at once.
@@ -132,7 +149,7 @@ constexpr int kColumns = Vec::kRegisters >= 32 || kQueries == 2 || kQueries == 3
 // values[m][d] = values[m][d] * decay[m] + sum over r of weights[m][r] * V[r][d]. In the end values have to be settled.
 template <typename V, int kQueries>
 inline void add_values(const V* rows, int n_rows, int dim, const float* weights, const float* decay, float* values,
-                       std::ptrdiff_t value_stride, const char* ahead) {
+                       std::ptrdiff_t value_stride, Wanted wanted) {
   constexpr int kVectors = kColumns<kQueries>;
   int d = 0;
   for (; d + kVectors * Vec::kWidth <= dim; d += kVectors * Vec::kWidth) {
@@ -145,7 +162,7 @@ inline void add_values(const V* rows, int n_rows, int dim, const float* weights,
       }
     }
     for (int r = 0; r < n_rows; ++r) {
-      if (ahead != nullptr && d == 0) fetch_page(ahead + r * dim * std::ptrdiff_t{sizeof(V)}, dim * std::ptrdiff_t{sizeof(V)});
+      if (d == 0) fetch_page(wanted, r * dim * std::ptrdiff_t{sizeof(V)}, dim * std::ptrdiff_t{sizeof(V)});
       Vec w[kQueries];
       STRATAKV_UNROLL
       for (int m = 0; m < kQueries; ++m) w[m] = Vec::all(weights[m * kTileRows + r]);
