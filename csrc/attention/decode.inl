@@ -120,7 +120,7 @@ class Decoding {
           const std::ptrdiff_t query = std::ptrdiff_t{head} * m + i;
           score_rows<K, decltype(count)::value>(keys, rows.n, a.pages.k_dim, own.queries + query * k_stride_, k_stride_,
                                                 scores_ + query * kTileRows + rows.at,
-                                                i == 0 ? wanted(a, rows, place_of(keys), IsPacked<K>) : Wanted{});
+                                                i == 0 ? wanted(a, rows, place_of(keys), IsPacked<K> ? a.pages.k_page_bytes : 0) : Wanted{});
         });
       });
       for (int i = 0; i < n_; ++i) scale_scores<K>(scores_ + std::ptrdiff_t{i} * kTileRows, n, a.rules.scale);
@@ -142,7 +142,7 @@ class Decoding {
           const auto* const weights = reinterpret_cast<const WeightOf<V>*>(scores_ + query * kTileRows) + rows.at;
           add_values<V, decltype(count)::value>(values, rows.n, v_dim_, weights, decay_ + query,
                                                 state_.values + query * v_stride_, v_stride_,
-                                                i == 0 ? wanted(a, rows, place_of(values), false) : Wanted{});
+                                                i == 0 ? wanted(a, rows, place_of(values), 0) : Wanted{});
           for (int j = 0; j < decltype(count)::value; ++j) decay_[query + j] = 1.0f;  // the tile's other rows add to this
         });
       });
@@ -171,7 +171,7 @@ class Decoding {
         if (!tiles.has_room(n)) add();
         const auto values = value_rows_in<V>(a.pages, rows.bytes + values_at(a.pages, head), rows.in_page);
         // The tiles are gone over once for every few channels, so that what comes next is the next head's.
-        tiles.add(values, n, rows.at, ahead(a, rows, place_of(values), a.pages.v_page_bytes));
+        tiles.add(values, n, rows.at, wanted(a, rows, place_of(values), a.pages.v_page_bytes));
         row += n;
       }
       add();
@@ -196,10 +196,10 @@ class Decoding {
 
   // Rows of few bits ask for the next page. AMD's wide processors drop what they have no place for, and compute so fast that
   // it is much: they are asked twice.
-  static Wanted wanted(const AttentionArguments& a, const Stretch& rows, const void* place, bool is_packed) {
-    if (is_packed) return {ahead(a, rows, place, a.pages.k_page_bytes), nullptr};
-    const int most = pages_ahead();
-    return {ahead(a, rows, place, most), is_wide_amd() ? ahead(a, rows, place, most / 2) : nullptr};
+  static Wanted wanted(const AttentionArguments& a, const Stretch& rows, const void* place, std::ptrdiff_t packed_page) {
+    const std::ptrdiff_t far = packed_page > 0 ? packed_page : pages_ahead();
+    const std::ptrdiff_t near = packed_page > 0 ? larger<std::ptrdiff_t>(far - 1024, far / 2) : far / 2;
+    return {ahead(a, rows, place, far), is_wide_amd() ? ahead(a, rows, place, near) : nullptr};
   }
 
   // function(stretch, head) for the rows [from, to).

@@ -120,6 +120,13 @@ struct PackedValues : PackedRows<F> {
   static std::ptrdiff_t tile_bytes(int dim) { return std::ptrdiff_t{words(dim)} * kLanes; }
 };
 
+// A line of what is wanted. Those of fewer than 8 bits take longer to compute with than to come: asking once is enough.
+template <typename F>
+inline void fetch_line(Wanted wanted, std::ptrdiff_t at) {
+  if (wanted.far != nullptr) __builtin_prefetch(wanted.far + at, 0, 2);
+  if (F::kBits == 8 && wanted.near != nullptr) __builtin_prefetch(wanted.near + at, 0, 2);
+}
+
 template <typename F>
 inline const char* place_of(const PackedKeys<F>& rows) {
   return rows.codes + rows.row * PackedKeys<F>::tile_bytes(rows.dim) / kLanes;

@@ -13,7 +13,7 @@ namespace stratakv::STRATAKV_ISA {
 // Scores of kTiles tiles of rows: kQueries registers for each part of each tile.
 template <IsFloating F, int kQueries, int kTiles>
 inline void score_tiles(const PackedKeys<F>& rows, int tile, int part, const float* queries, std::ptrdiff_t stride,
-                        Vec (&total)[kTiles][kQueries], const char* ahead) {
+                        Vec (&total)[kTiles][kQueries], Wanted wanted) {
   STRATAKV_UNROLL
   for (int t = 0; t < kTiles; ++t) {
     STRATAKV_UNROLL
@@ -24,7 +24,7 @@ inline void score_tiles(const PackedKeys<F>& rows, int tile, int part, const flo
     STRATAKV_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       bytes[t] = rows.load(tile + t, quad, part);
-      if (ahead != nullptr) __builtin_prefetch(ahead + (t * PackedKeys<F>::quads(rows.dim) + quad) * 4 * kLanes, 0, 2);
+      fetch_line<F>(wanted, (t * PackedKeys<F>::quads(rows.dim) + quad) * std::ptrdiff_t{4 * kLanes});
     }
     each_of_four([&](auto byte) {
       constexpr int kByte = decltype(byte)::value;
@@ -46,7 +46,7 @@ inline void score_tiles(const PackedKeys<F>& rows, int tile, int part, const flo
 
 template <typename F, int kQueries, int kTiles>
 inline void score_tiles(const PackedKeys<F>& rows, int tile, int part, const Digits (&digits)[kQueries], Vec (&total)[kTiles][kQueries],
-                        const char* ahead) {
+                        Wanted wanted) {
   Ints high[kTiles][kQueries], low[kTiles][kQueries];
   STRATAKV_UNROLL
   for (int t = 0; t < kTiles; ++t) {
@@ -61,7 +61,7 @@ inline void score_tiles(const PackedKeys<F>& rows, int tile, int part, const Dig
     STRATAKV_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       bytes[t] = rows.load(tile + t, quad, part);
-      if (ahead != nullptr) __builtin_prefetch(ahead + (t * PackedKeys<F>::quads(rows.dim) + quad) * 4 * kLanes, 0, 2);
+      fetch_line<F>(wanted, (t * PackedKeys<F>::quads(rows.dim) + quad) * std::ptrdiff_t{4 * kLanes});
     }
     each_field<F>([&](auto field) {
       constexpr int kField = decltype(field)::value;
@@ -116,10 +116,10 @@ inline void score_rows(const PackedKeys<F>& rows, int n, int dim, const float* q
   const auto advance = [&](auto count) {
     constexpr int kCount = decltype(count)::value;
     for (; tile + kCount <= end; tile += kCount) {
-      const char* const ahead = wanted.far == nullptr ? nullptr : wanted.far + (tile - from / kLanes) * tile_bytes;
+      const Wanted of_tile = wanted.on((tile - from / kLanes) * tile_bytes);
       for (int part = 0; part < kPieces; ++part) {
         Vec total[kCount][kQueries];
-        const char* const lines = part == 0 ? ahead : nullptr;
+        const Wanted lines = part == 0 ? of_tile : Wanted{};
         if constexpr (IsFloating<F>) score_tiles<F, kQueries, kCount>(rows, tile, part, queries, stride, total, lines);
         else score_tiles<F, kQueries, kCount>(rows, tile, part, digits, total, lines);
         for (int t = 0; t < kCount; ++t) put(tile + t, part, total[t]);

@@ -23,7 +23,7 @@ struct ValueTiles {
   struct Tile {
     const char* codes;
     const BFloat* parameters;
-    const char* ahead;  // what is fetched meanwhile, or null
+    Wanted wanted;  // what is fetched meanwhile
     int lane, at, n;
   };
   Tile tiles[kMostTiles];
@@ -32,13 +32,13 @@ struct ValueTiles {
   bool has_room(int n_rows) const { return n_tiles + n_rows / kLanes + 2 <= kMostTiles; }
 
   // `n` rows, whose weights begin at `at`.
-  void add(const PackedValues<F>& rows, int n, int at, const char* ahead) {
+  void add(const PackedValues<F>& rows, int n, int at, Wanted wanted) {
     const std::ptrdiff_t tile_bytes = PackedValues<F>::tile_bytes(rows.dim);
     for (int row = rows.row, end = row + n; row < end;) {
       const int tile = row / kLanes, lane = row % kLanes, own = smaller(kLanes - lane, end - row);
       tiles[n_tiles++] = {rows.codes + tile * tile_bytes,
                           rows.parameters + std::ptrdiff_t{tile} * PackedValues<F>::n_parameters(rows.dim) * kLanes,
-                          ahead == nullptr ? nullptr : ahead + (tile - rows.row / kLanes) * tile_bytes,
+                          wanted.on((tile - rows.row / kLanes) * tile_bytes),
                           lane,
                           at,
                           own};
@@ -60,7 +60,7 @@ struct ValueTiles {
   // `words` words of 4 bytes from word `at` of a tile on, of which a register takes what it has room for.
   Ints load(int t, int at, int words, bool fetches) const {
     const Tile& tile = tiles[t];
-    if (fetches && tile.ahead != nullptr && at % kLanes < Vec::kWidth) __builtin_prefetch(tile.ahead + std::ptrdiff_t{at} * 4, 0, 2);
+    if (fetches && at % kLanes < Vec::kWidth) fetch_line<F>(tile.wanted, std::ptrdiff_t{at} * 4);
     const char* const from = tile.codes + std::ptrdiff_t{at} * 4;
     return words >= Vec::kWidth ? Ints::load(from) : Ints::load_some(from, words);
   }
@@ -218,7 +218,8 @@ inline void add_values(const ValueTiles<F>& rows, int dim, const float* weights,
   Weights parts[kQueries];
   for (int t = 0; t < rows.n_tiles && fetches; ++t) {
     const typename ValueTiles<F>::Tile& tile = rows.tiles[t];
-    if (tile.ahead != nullptr) fetch_page(reinterpret_cast<const char*>(tile.parameters) + (tile.ahead - tile.codes), PackedValues<F>::n_parameters(dim) * 32);
+    const std::ptrdiff_t parameters = reinterpret_cast<const char*>(tile.parameters) - tile.codes;
+    if (tile.wanted.far != nullptr) fetch_page(tile.wanted.far + parameters, PackedValues<F>::n_parameters(dim) * 32);
   }
   for (int g = 0; g * kGroup < dim; ++g) {
     if (F::kAffine || g == 0) {

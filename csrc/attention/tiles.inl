@@ -101,6 +101,9 @@ inline void fetch_page(const void* bytes, std::ptrdiff_t n) {
 // What comes next in pages, or null: far ahead and, where asking once is not enough, once more on the way.
 struct Wanted {
   const char *far = nullptr, *near = nullptr;
+
+  // The same, `n` bytes on.
+  Wanted on(std::ptrdiff_t n) const { return {far == nullptr ? far : far + n, near == nullptr ? near : near + n}; }
 };
 
 // `n` bytes of it from `at` on.
