@@ -249,7 +249,7 @@ def _measure(
     most = max(subject.bytes_read * subject.n_layers for subject in subjects)
     words, reading = zeros(max(_working_set(), most) // 8 * 8).view(torch.int64).fill_(1), []
     for done in range(rounds + 1):  # the first is not counted
-        for subject in subjects[::-1] if done % 2 else subjects:  # who comes behind another's work is slower
+        for subject in subjects[::-1] if done % 2 else subjects:  # so that none is always the first
             subject.seconds.append(_each(subject.attend, subject.views))
         for theirs in plain.values():
             theirs.seconds.append(_each(theirs.attend, theirs.rows))
