@@ -23,6 +23,12 @@
 
 namespace stratakv::STRATAKV_ISA {
 
+#ifdef STRATAKV_HAS_PAIRS
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
 // A bf16 number of a row that takes part in pairs.
 struct Paired {
   std::uint16_t bits;
@@ -43,36 +49,28 @@ inline void scale_scores(float*, int, float) {}
 template <typename V>
 inline void round_weights(float*, int) {}
 
-#ifndef STRATAKV_HAS_PAIRS
-
-inline bool takes_pairs(const AttentionArguments&) { return false; }
-
-// As in formats.inl.
-template <typename Function>
-inline void with_keys(NumberType type, bool, const Function& function) {
-  with_keys(type, function);
-}
-template <typename Function>
-inline void with_values(NumberType type, bool, const Function& function) {
-  with_values(type, function);
-}
-
-#else
-
 // Whether bf16 rows of a call do. An output in bf16 is not made better by weights that are more exact.
 inline bool takes_pairs(const AttentionArguments& a) {
-  return a.rounds || (a.query_type == NumberType::kBFloat && !a.writes_floats);
+  return kHasPairs && (a.rounds || (a.query_type == NumberType::kBFloat && !a.writes_floats));
 }
 
 // As in formats.inl, but for those.
 template <typename Function>
 inline void with_keys(NumberType type, bool in_pairs, const Function& function) {
-  in_pairs && type == NumberType::kBFloat ? function(Paired{}) : with_keys(type, function);
+  if constexpr (kHasPairs) {
+    if (in_pairs && type == NumberType::kBFloat) return function(Paired{});
+  }
+  with_keys(type, function);
 }
 template <typename Function>
 inline void with_values(NumberType type, bool in_pairs, const Function& function) {
-  in_pairs && type == NumberType::kBFloat ? function(Paired{}) : with_values(type, function);
+  if constexpr (kHasPairs) {
+    if (in_pairs && type == NumberType::kBFloat) return function(Paired{});
+  }
+  with_values(type, function);
 }
+
+#ifdef STRATAKV_HAS_PAIRS
 
 // Numbers from one query's weights to the next one's.
 constexpr std::ptrdiff_t kWeightStride = 2 * kTileRows;
