@@ -129,6 +129,12 @@ class GroupSpec:
         return self.members[0].v_layout.format
 
     @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """For each member the index of the first one with the same heads and pages: what differs is where they lie."""
+        looks = [(member.heads, member.k_layout, member.v_layout) for member in self.members]
+        return tuple(looks.index(look) for look in looks)
+
+    @cached_property
     def bytes_per_block(self) -> int:
         """Bytes of one block over all members."""
         return sum(member.nbytes for member in self.members)

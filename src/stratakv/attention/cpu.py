@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stratakv.attention.base import AttentionBackend, AttentionOptions, check_call, hidden_below, query_heads
+from stratakv.blocks.arena import Addresses
 from stratakv.blocks.view import KVPart, KVView
 from stratakv.errors import ConfigurationError, InvariantError
 from stratakv.extension import FLOAT_FORMATS, FORMATS, MOST_PACKED_DIM, NUMBER_TYPES, load_kernels
@@ -60,28 +61,20 @@ class CpuBackend(AttentionBackend):
 
     def run(self, query: Tensor, view: KVView, options: AttentionOptions) -> tuple[Tensor, Tensor]:
         """Attend part by part: the heads of a part hold the same rows."""
-        part = view.parts[0]
-        is_whole = part.heads == tuple(range(view.n_kv_heads))
-        if is_whole and options.mask is None and options.bias is None and options.sinks is None:
-            call = self._plain_call(query, part, view, options)
-            query, out, lse = _operands(query, view)
-            call.run(part, query, out, lse)
-            return out, lse
+        if len(view.parts) == 1 and options.mask is None and options.bias is None and options.sinks is None:
+            return self._plain_call(query, view, options).run(view.parts[0], query)
         self._check(query, view, options)
-        query, out, lse = _operands(query, view)
         table, kind = _added(options)
+        if len(view.parts) == 1:
+            asked = _Asked(query, view, options, options.sinks, table, kind)
+            return self._new_call(view.parts[0], asked).run(view.parts[0], query)
+        out, lse = _room(query, view.v_dim)
         for part in view.parts:
-            if is_whole:
-                call = self._new_call(part, _Asked(query, view, options, options.sinks, table, kind))
-                call.run(part, query, out, lse)
-                continue
             heads = query_heads(part, query.shape[1] // view.n_kv_heads)
             sinks = None if options.sinks is None else options.sinks[heads]
             own = table if table is None or table.shape[1] == 1 else table[:, heads]
-            call = self._new_call(part, _Asked(query, view, options, sinks, own, kind))
-            own_out, own_lse = torch.empty_like(out[:, heads]), torch.empty_like(lse[:, heads])
-            call.run(part, query[:, heads], own_out, own_lse)
-            out[:, heads], lse[:, heads] = own_out, own_lse
+            asked = _Asked(query[:, heads], view, options, sinks, own, kind)
+            out[:, heads], lse[:, heads] = self._new_call(part, asked).run(part, asked.query)
         return out, lse
 
     def _check(self, query: Tensor, view: KVView, options: AttentionOptions) -> None:
@@ -89,17 +82,17 @@ class CpuBackend(AttentionBackend):
         if reason := self.supports(view, options, query.dtype):
             raise ConfigurationError(f"the kernels do not serve this call: {reason}")
 
-    def _plain_call(self, query: Tensor, part: KVPart, view: KVView, options: AttentionOptions) -> _Call:
+    def _plain_call(self, query: Tensor, view: KVView, options: AttentionOptions) -> _Call:
         """A call without mask or sinks: the one of the layer before, where it was the same but for its memory.
 
         Then nothing is checked again. Between two layers other data fill the processor's caches, so that every object
         that is looked at costs a wait for memory: all checks together took as long as half a thousand rows.
         """
-        member = part.arena.spec.members[part.member]
+        part = view.parts[0]
         facts = (
-            *(member.heads, member.k_layout, member.v_layout, part.retention, options.scale, options.softcap),
+            *(part.arena.spec.kinds[part.member], part.retention, options.scale, options.softcap, options.causal),
             None if part.recent is None else part.recent.plan,
-            *(options.causal, view.seen_tokens, view.n_new, view.n_sequences, view.k_dim, view.v_dim),
+            *(view.n_kv_heads, view.seen_tokens, view.n_new, view.n_sequences, view.k_dim, view.v_dim),
             *(query.shape, query.dtype, query.is_cpu and has_numbers(query), torch.get_num_threads()),
         )
         last = self._last  # which nobody changes, so that threads may share it
@@ -114,7 +107,7 @@ class CpuBackend(AttentionBackend):
             self._new_strand(each, asked) for each in (part, part.recent) if each is not None and each.plan.n_rows
         ]
         is_recent = part.recent is not None and not part.plan.n_rows
-        return _Call(strands or [self._new_strand(part, asked)], is_recent)
+        return _Call(strands or [self._new_strand(part, asked)], is_recent, asked)
 
     def _new_strand(self, part: KVPart, asked: _Asked) -> tuple[Any, tuple[object, ...]]:
         """A call over the rows of a part alone, and what it has the addresses of."""
@@ -149,7 +142,7 @@ class CpuBackend(AttentionBackend):
         ]
         counts, skips, firsts, queries = (numbers.buffer_info()[0] for numbers in each)
         step.set_rows(counts, skips, firsts, 0 if positions is None else positions.data_ptr(), queries)
-        group = query.shape[1] // view.n_kv_heads
+        group = query.shape[1] // len(member.heads)
         step.set_queries(group, view.n_new, NUMBER_TYPES[query.dtype], torch.get_num_threads(), PREFILL_QUERIES)
         hidden, kind = asked.mask, asked.mask_kind
         if hidden is not None:
@@ -173,36 +166,57 @@ class _Asked:
 
 
 class _Call:
-    """A call of a kernel over one strand of rows or two, with what it has the addresses of: that is held meanwhile."""
+    """A call of a kernel over one strand of rows or two, with what it has the addresses of: that is held meanwhile.
 
-    def __init__(self, strands: list[tuple[Any, tuple[object, ...]]], is_recent: bool) -> None:
+    Args:
+        strands: the steps and what they hold.
+        is_recent: the one strand is that of the recent rows.
+        asked: of these heads.
+    """
+
+    def __init__(self, strands: list[tuple[Any, tuple[object, ...]]], is_recent: bool, asked: _Asked) -> None:
         self._steps = [step for step, _ in strands]
         self._held = [held for _, held in strands]
-        self._is_recent = is_recent  # where there is one
+        self._is_recent = is_recent
+        _, n_heads, n_new, dim = asked.query.shape
+        self._v_dim = asked.view.v_dim
+        # A dense query of one token is shaped as its output, and torch needs half the time for room like another's.
+        self._row_strides = (n_heads * dim, dim, dim) if n_new == 1 and dim == self._v_dim else None
+        self._lse = torch.empty(asked.query.shape[:3], dtype=torch.float32, device="cpu")
 
-    def run(self, part: KVPart, query: Tensor, out: Tensor, lse: Tensor) -> None:
-        """Attend, from a query with dense numbers."""
-        operands = (query.data_ptr(), query.stride()[:3], out.data_ptr(), out.stride()[:3], lse.data_ptr())
-        used = [part, part.recent] if len(self._steps) == 2 else [part.recent if self._is_recent else part]
-        places = []
-        for strand in used:
-            assert strand is not None
-            strand.arena.check_version(strand.plan)
-            places.append(strand.arena.addresses(strand.member))  # with the slabs, which are held meanwhile
-        slabs = [addresses.data_ptr() for addresses, _ in places]
-        if len(slabs) == 1:
-            self._steps[0].run(*slabs, *operands)
+    def run(self, part: KVPart, query: Tensor) -> tuple[Tensor, Tensor]:
+        """The output and its log-sum-exp."""
+        query = query.resolve_neg()
+        if self._row_strides is not None and query.is_contiguous():
+            out, lse = torch.empty_like(query), torch.empty_like(self._lse)
+            strides: tuple[int, ...] = self._row_strides
+            out_strides = strides
         else:
-            self._steps[1].run_after(self._steps[0], *slabs, *operands)
+            query = query if query.stride(3) == 1 else query.contiguous()
+            out, lse = _room(query, self._v_dim)
+            strides, out_strides = query.stride()[:3], out.stride()[:3]
+        operands = query.data_ptr(), strides, out.data_ptr(), out_strides, lse.data_ptr()
+        if len(self._steps) == 1:
+            pages = _pages_of(part.recent if self._is_recent else part)
+            self._steps[0].run(pages.at, *operands)
+        else:
+            pages, recent = _pages_of(part), _pages_of(part.recent)
+            self._steps[1].run_after(self._steps[0], pages.at, recent.at, *operands)
+        return out, lse
 
 
-def _operands(query: Tensor, view: KVView) -> tuple[Tensor, Tensor, Tensor]:
-    """The query with dense numbers, and room for the output and its log-sum-exp."""
+def _pages_of(strand: KVPart | None) -> Addresses:
+    """Where they lie, which is to be held until the kernel is done."""
+    assert strand is not None
+    strand.arena.check_version(strand.plan)
+    return strand.arena.addresses(strand.member)
+
+
+def _room(query: Tensor, v_dim: int) -> tuple[Tensor, Tensor]:
+    """For the output and its log-sum-exp."""
     n_sequences, n_query_heads, n_new, _ = query.shape
-    query = query.resolve_neg()
-    query = query if query.stride(3) == 1 else query.contiguous()
-    out = query.new_empty((n_sequences, n_new, n_query_heads, view.v_dim)).transpose(1, 2)
-    return query, out, query.new_empty((n_sequences, n_query_heads, n_new), dtype=torch.float32)
+    out = query.new_empty((n_sequences, n_new, n_query_heads, v_dim)).transpose(1, 2)
+    return out, query.new_empty((n_sequences, n_query_heads, n_new), dtype=torch.float32)
 
 
 def _added(options: AttentionOptions) -> tuple[Tensor | None, int]:

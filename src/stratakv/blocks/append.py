@@ -61,10 +61,10 @@ class Appender:
         last = self._last
         if last is None or last[0] is not plan or last[1] != facts:
             last = self._last = plan, facts, *self._new_call(arena, member, plan, in_groups=in_groups)
-        addresses, slabs = arena.addresses(member)
+        addresses = arena.addresses(member)
         keys, values = _dense(keys), _dense(values)
         last[2].run(
-            addresses.data_ptr(),
+            addresses.at,
             keys.data_ptr(),
             keys.stride()[:3],
             values.data_ptr(),
@@ -72,7 +72,7 @@ class Appender:
             NUMBER_TYPES[keys.dtype],
         )
         for slab in {slab for table in plan.tables for slab, _ in table}:
-            torch.autograd.graph.increment_version(slabs[slab])  # whoever saved a view of it shall know
+            torch.autograd.graph.increment_version(addresses.slabs[slab])  # whoever saved a view of it shall know
         return True
 
     def _new_call(self, arena: Arena, member: int, plan: WritePlan, *, in_groups: bool) -> tuple[Any, array[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,6 +37,23 @@ class Slab:
     members: list[Tensor]
 
 
+class Addresses:
+    """Where the slabs of one member lie: to be held as long as a kernel uses them.
+
+    Attributes:
+        slabs: their tensors.
+        table: int64 `[n_slabs]`, their addresses.
+        at: the address of the table.
+    """
+
+    __slots__ = ("at", "slabs", "table")
+
+    def __init__(self, slabs: list[Tensor]) -> None:
+        self.slabs = slabs
+        self.table = array("q", [slab.data_ptr() for slab in slabs])
+        self.at = self.table.buffer_info()[0]
+
+
 class Arena:
     """Pages of one group, in slabs that are added and removed whole: growth copies nothing."""
 
@@ -45,7 +63,7 @@ class Arena:
         self.device = device
         self.slabs: list[Slab] = []
         self.bytes_copied = 0  # by growth; copies on write and compactions are not growth
-        self._addresses: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        self._addresses: dict[int, Addresses] = {}
         self.appender = Appender.if_built(device)
         self.version = 0
         """Rises when blocks move, change in size or lose their memory."""
@@ -203,17 +221,11 @@ class Arena:
             tensors.append(view[:, :, plan.skip : plan.skip + plan.n_rows])
         return tensors[0], tensors[1]
 
-    def addresses(self, member: int) -> tuple[Tensor, list[Tensor]]:
-        """Where the bytes of one member lie, for kernels that read pages in place.
-
-        Returns:
-            int64 `[n_slabs]`, the addresses; and the slabs' tensors, to be held as long as the addresses are used.
-        """
+    def addresses(self, member: int) -> Addresses:
+        """Where the bytes of one member lie, for kernels that read pages in place."""
         known = self._addresses
         if member not in known:
-            slabs = [slab.members[member] for slab in self.slabs]
-            at = [slab.data_ptr() for slab in slabs]
-            known[member] = torch.tensor(at, dtype=torch.int64, device="cpu"), slabs
+            known[member] = Addresses([slab.members[member] for slab in self.slabs])
         return known[member]
 
     def relocate(self, pairs: Iterable[tuple[int, int]]) -> None:

@@ -14,7 +14,7 @@ from stratakv.plan import ReadPlan, Run, clip_runs, join_runs, run_length
 from stratakv.spec import Retention
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class KVPart:
     """The rows of some KV heads of a layer.
 
@@ -66,7 +66,7 @@ class KVPart:
         return clip_runs(self.recent.plan.runs, 0, start), clip_runs(self.recent.plan.runs, stop, sys.maxsize)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class KVView:
     """One layer's rows. The parts together hold every KV head once; their numbers of rows may differ.
 

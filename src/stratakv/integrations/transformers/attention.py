@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,21 +60,21 @@ def attention_forward(
         `[batch, n_new, n_heads, v_dim]`, and None for the weights, which are not kept.
     """
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    ticket = redeem(key, value)
     options = AttentionOptions(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal=causal,
         mask=attention_mask,
+        mask_offset=0 if ticket is None else _mask_offset(ticket, key.shape[2], attention_mask),
         bias=kwargs.get("position_bias"),
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
-    ticket = redeem(key, value)
     if ticket is not None:
         if dropout:
             raise UnsupportedError("attention dropout is for training; call model.eval() before using a cache")
-        at_view = replace(options, mask_offset=_mask_offset(ticket, key.shape[2], attention_mask))
-        _check_sinks(ticket.view, at_view)
-        out, _ = backend_for(ticket.view, at_view, query.dtype).run(query, ticket.view, at_view)
+        _check_sinks(ticket.view, options)
+        out, _ = backend_for(ticket.view, options, query.dtype).run(query, ticket.view, options)
         if query.requires_grad:
             out = without_gradients(out.detach(), "attention over stored keys and values", query)
     elif dropout == 0 and (options.softcap is not None or options.sinks is not None):

@@ -54,7 +54,7 @@ class Binding:
         self._weights = weights
         self._rotations = rotations
         self._rounds_activations = not exact
-        self._addresses: list[Tensor] = []  # of the layers' slabs; held, since the decoder has where they lie
+        self._tables_of_slabs: list[array[int]] = []  # of the layers; held, since the decoder has where they lie
         self._tables: list[tuple[Tensor, Tensor]] = []  # likewise
         self._of_step: list[Any] = []  # likewise
         self._room: dict[str, Tensor] = {}
@@ -192,9 +192,9 @@ class Binding:
         for index, ((g, m),) in enumerate(memory.spec.locations.values()):
             held = (g, memory.spec.recents.get(g))
             places += [(index, i, group, m) for i, group in enumerate(held) if group is not None]
-        both = [memory.arenas[g].addresses(m) for _, _, g, m in places]
-        found, slabs = [addresses for addresses, _ in both], [tensors for _, tensors in both]
-        if self._addresses and all(old is new for old, new in zip(self._addresses, found, strict=True)):
+        found = [memory.arenas[g].addresses(m) for _, _, g, m in places]
+        slabs = [addresses.slabs for addresses in found]
+        if self._tables_of_slabs and all(t is a.table for t, a in zip(self._tables_of_slabs, found, strict=True)):
             return slabs
         for (index, strand, g, m), addresses in zip(places, found, strict=True):
             arena, member = memory.arenas[g], memory.spec.groups[g].members[m]
@@ -202,14 +202,14 @@ class Binding:
                 index,
                 strand,
                 g,
-                addresses.data_ptr(),
+                addresses.at,
                 member.nbytes,
                 member.k_layout.nbytes,
                 member.v_layout.nbytes,
                 FORMATS[arena.k_codec.name],
                 FORMATS[arena.v_codec.name],
             )
-        self._addresses = found
+        self._tables_of_slabs = [addresses.table for addresses in found]
         return slabs
 
     def _use_rotations(self, n_positions: int) -> None:
