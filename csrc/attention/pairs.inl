@@ -51,7 +51,7 @@ inline void round_weights(float*, int) {}
 
 // Whether bf16 rows of a call do. An output in bf16 is not made better by weights that are more exact.
 inline bool takes_pairs(const AttentionArguments& a) {
-  return kHasPairs && (a.rounds || (a.query_type == NumberType::kBFloat && !a.writes_floats));
+  return kHasPairs && (a.rounds || a.query_type == NumberType::kBFloat);
 }
 
 // As in formats.inl, but for those.

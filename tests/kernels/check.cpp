@@ -184,7 +184,7 @@ struct Call {
   std::vector<char> out;
   std::vector<float> lse;
 
-  Call(const std::vector<std::int32_t>& olds, float size) : n_sequences(static_cast<int>(olds.size())), query(make_rows(olds, size)) {
+  Call(const std::vector<std::int32_t>& olds, float size, float mean = 0) : n_sequences(static_cast<int>(olds.size())), query(make_rows(olds, size, mean)) {
     const std::int64_t all = std::int64_t{n_queries} * n_new;
     out.assign(n_sequences * all * v_dim * bytes_of(type), '\xFF');
     lse.assign(n_sequences * all, NAN);
@@ -224,7 +224,7 @@ struct Call {
 
  private:
   // olds[s]: rows before the new ones; below 0: the sequence has no rows at all.
-  Numbers make_rows(const std::vector<std::int32_t>& olds, float size) {
+  Numbers make_rows(const std::vector<std::int32_t>& olds, float size, float mean) {
     for (std::int32_t old : olds) {
       counts.push_back(old < 0 ? 0 : old + n_new);
       skips.push_back(any(0, 3) == 0 ? any(0, counts.back()) : 0);
@@ -248,9 +248,9 @@ struct Call {
           char* const block = first + table[2 * (s * n_blocks + r / span) + 1] * a.pages.block_bytes;
           float *const key = keys.data() + at(s, h, r) * k_dim, *const value = values.data() + at(s, h, r) * v_dim;
           char *const k_place = block + h * k_page, *const v_place = block + heads * k_page + h * v_page;
-          if (is_plain(k_type)) write(k_place, r % span, k_dim, k_type, key, 1);
+          if (is_plain(k_type)) write(k_place, r % span, k_dim, k_type, key, 1, 0);
           else Packed{k_type, true, span, k_dim}.write(k_place, r % span, key);
-          if (is_plain(v_type)) write(v_place, r % span, v_dim, v_type, value, size);
+          if (is_plain(v_type)) write(v_place, r % span, v_dim, v_type, value, size, mean);
           else Packed{v_type, false, span, v_dim}.write(v_place, r % span, value);
         }
       }
@@ -258,9 +258,9 @@ struct Call {
     return Numbers(std::size_t(n_sequences) * n_queries * n_new * k_dim, type, 1);
   }
 
-  static void write(char* page, int row, int dim, NumberType type, float* values, float size) {
+  static void write(char* page, int row, int dim, NumberType type, float* values, float size, float mean) {
     for (int d = 0; d < dim; ++d) {
-      values[d] = held(size * some(), type);
+      values[d] = held(mean + size * some(), type);
       if (std::isinf(values[d])) values[d] = 0;
       put(values[d], type, page + (std::int64_t{row} * dim + d) * bytes_of(type));
     }
@@ -333,6 +333,22 @@ bool check_rounding(const Kernels& kernels) {
       std::printf("%s: %.9g as %s is %.9g, expected %.9g\n", kernels.isa, value, name_of(call.type), found, expected);
       return false;
     }
+  }
+  return true;
+}
+
+// Values that are all 1 stay 1, however weights are rounded: not all to one side.
+bool check_weights(const Kernels& kernels) {
+  Call call({400}, 0, 1);
+  if (!is_plain(call.v_type) || call.skips[0] > 0) return true;
+  call.a.rules = {0.6f / std::sqrt(static_cast<float>(call.k_dim)), 0, 0, 0, 0, nullptr, nullptr};
+  call.a.rounds = any(0, 1);
+  call.run(kernels);
+  for (std::size_t i = 0; i < call.out.size() / bytes_of(call.type); ++i) {
+    const float found = taken(call.out.data() + i * bytes_of(call.type), call.type);
+    if (std::fabs(found - 1) <= 1e-3) continue;
+    std::printf("%s: weights of rows in %s add up to %.9g, new %d\n", kernels.isa, name_of(call.v_type), found, call.n_new);
+    return false;
   }
   return true;
 }
@@ -455,7 +471,7 @@ int main() {
     bool is_right = true;
     int n = 0;
     for (; is_right && n < 400; ++n) {
-      is_right = check_attention(*all[i]) && check_rounding(*all[i]);
+      is_right = check_attention(*all[i]) && check_rounding(*all[i]) && check_weights(*all[i]);
       if (i < count - 1) is_right = is_right && check_forward(*all[i], *all[count - 1]) && check_append(*all[i], *all[count - 1]);
     }
     std::printf("%s: %d rounds, %s\n", all[i]->isa, n, is_right ? "right" : "WRONG");

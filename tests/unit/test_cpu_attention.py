@@ -22,7 +22,7 @@ from stratakv.errors import ConfigurationError, StateError
 from stratakv.extension import instruction_sets, is_built
 from stratakv.policies import Window
 from stratakv.spec import LayerSpec
-from stratakv.testing.views import make_view
+from stratakv.testing.views import make_view, view_of
 
 pytestmark = pytest.mark.skipif(not is_built(), reason="installed without the extension, on purpose or for want of g++")
 
@@ -97,6 +97,18 @@ def test_large_and_small_scores_do_not_overflow(isa: str) -> None:
     view = make_view(1, 2, 100, 1, k_dim=16, v_dim=16, block_tokens=16)
     for scale in (1e-6, 1.0, 300.0):
         assert_right(isa, view, queries(1, 4, 1, 16), AttentionOptions(scale), tolerance=1e-4)
+
+
+@every_isa
+def test_a_weight_below_the_smallest_normal_number_is_none(isa: str) -> None:
+    values = torch.ones(1, 1, 40, 16)
+    values[:, :, 7] = 1e38
+    keys = torch.zeros(1, 1, 40, 16)
+    keys[:, :, 7, 0] = -90.0  # exp(-90) is 8e-40
+    query = torch.zeros(1, 2, 1, 16)
+    query[..., 0] = 1.0
+    out, _ = CpuBackend(isa).run(query, view_of(keys, values, 1, block_tokens=16), AttentionOptions(1.0))
+    torch.testing.assert_close(out, torch.ones(1, 2, 1, 16), rtol=1e-6, atol=0)
 
 
 @every_isa

@@ -187,6 +187,19 @@ def test_a_query_that_is_no_number_gives_none_and_harms_no_other(isa: str, forma
 
 @every_isa
 @pytest.mark.parametrize("formats", PAIRS[:4], ids="-".join)
+@pytest.mark.parametrize("n_new", [1, 30])
+def test_a_value_that_is_no_number_reaches_all_that_see_it(isa: str, formats: tuple[str, str], n_new: int) -> None:
+    generator = torch.Generator().manual_seed(9)
+    keys, values = (drawn(1, 2, 700, 64, generator=generator) for _ in range(2))
+    values[0, 0, 333, 5] = torch.nan
+    view, query = view_of(keys, values, n_new, formats), queries(1, 4, n_new, 64)
+    out, _ = CpuBackend(isa).run(query, view, AttentionOptions(0.125))
+    assert bool(out[0, :2, :, 5].isnan().all())
+    assert bool(out[0, 2:].isfinite().all())
+
+
+@every_isa
+@pytest.mark.parametrize("formats", PAIRS[:4], ids="-".join)
 @pytest.mark.parametrize("gap", [60.0, 76.0, 80.0, 83.0, 90.0, 200.0])
 def test_weights_that_are_almost_nothing_count_as_such(isa: str, formats: tuple[str, str], gap: float) -> None:
     generator = torch.Generator().manual_seed(8)
