@@ -26,7 +26,7 @@ inline Vec saturated(Vec x) {
   const Vec least = Vec::all(-kLargest<T>), negated = Vec::all(-1.0f);
   const Vec at_least = Vec::max(least, x);  // max keeps NaN in its second operand, and of zeros that one's sign
   const Vec held = Vec::max(least, at_least * negated) * negated;
-  return held - Vec::zero_where_less(size(x), Vec::all(__builtin_inff()), x * negated);
+  return held - Vec::zero_where_less(x.size(), Vec::all(__builtin_inff()), x * negated);
 }
 template <>
 inline Vec saturated<float>(Vec x) {

@@ -148,7 +148,7 @@ class RowCoder {
     Vec largest = Vec::zero(), total = Vec::zero();
     for (int d = 0; d < dim; d += Vec::kWidth) {
       const Vec x = Vec::load(row + d);
-      largest = Vec::max(size(x), largest);
+      largest = Vec::max(x.size(), largest);
       total = total + x * Vec::zero();
     }
     if (total.sum() != 0.0f) {

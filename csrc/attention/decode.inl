@@ -37,7 +37,7 @@ class Decoding {
  public:
   Decoding(const AttentionArguments& a, float* memory)
       : n_(queries_in(a)), k_stride_(padded(a.pages.k_dim)), v_stride_(padded(a.pages.v_dim)), v_dim_(a.pages.v_dim),
-        takes_pairs_(takes_pairs(a)) {
+        rounding_(a) {
     for (int i = 0; i < kStrands; ++i) {
       strands_[i].a = strand(a, i);
       strands_[i].queries = memory;
@@ -71,7 +71,11 @@ class Decoding {
     Strand& own = strands_[which];
     if (!own.has_queries) load_queries(own);
     take_order(own.a->pages.v_type);
-    for (int row = from; row < to; row += kTileRows) attend(own, row, smaller(row + kTileRows, to));
+    // Tiles end where groups of rows do, which the first of them may begin in the middle of.
+    for (int row = from, end; row < to; row = end) {
+      end = smaller((row / kTileRows + 1) * kTileRows, to);
+      attend(own, row, end);
+    }
   }
 
   // All rows were attended to.
@@ -86,7 +90,7 @@ class Decoding {
 
   void load_queries(Strand& own) {
     const AttentionArguments& a = *own.a;
-    with_keys(a.pages.k_type, takes_pairs_, [&](auto format) {
+    with_keys(a.pages.k_type, rounding_, [&](auto format) {
       const float factor = IsPaired<decltype(format)> ? 1.0f : a.rules.scale;  // pairs' scores are scaled
       for (int i = 0; i < n_; ++i) {
         load_query(a, sequence_, query_of(a, i), factor, own.queries + i * k_stride_);
@@ -99,10 +103,10 @@ class Decoding {
   // Values take the form in which rows of a type are added to them; floats leave them as they are.
   void take_order(NumberType type) {
     if (type == order_) return;
-    with_values(order_, takes_pairs_, [&](auto format) {
+    with_values(order_, rounding_, [&](auto format) {
       for (int i = 0; i < n_; ++i) settle<decltype(format)>(state_.values + i * v_stride_, v_dim_);
     });
-    with_values(type, takes_pairs_, [&](auto format) {
+    with_values(type, rounding_, [&](auto format) {
       for (int i = 0; i < n_; ++i) unsettle<decltype(format)>(state_.values + i * v_stride_, v_dim_);
     });
     order_ = type;
@@ -112,7 +116,7 @@ class Decoding {
   void attend(const Strand& own, int from, int to) {
     const AttentionArguments& a = *own.a;
     const int m = a.group * a.n_new, n = to - from;
-    with_keys(a.pages.k_type, takes_pairs_, [&](auto format) {
+    with_keys(a.pages.k_type, rounding_, [&](auto format) {
       using K = decltype(format);
       each_page<IsPacked<K> ? kTileRows : kTurn>(a, from, to, [&](const Stretch& rows, int head) {
         const auto keys = key_rows_in<K>(a.pages, rows.bytes + keys_at(a.pages, head), rows.in_page);
@@ -131,7 +135,7 @@ class Decoding {
       sight.shape(query_of(a, i), from, n, scores);
       decay_[i] = soften(scores, n, state_.top[i], state_.sum[i]);
     }
-    with_values(a.pages.v_type, takes_pairs_, [&](auto format) {
+    with_values(a.pages.v_type, rounding_, [&](auto format) {
       using V = decltype(format);
       for (int i = 0; i < n_; ++i) round_weights<V>(scores_ + std::ptrdiff_t{i} * kTileRows, n);
       if constexpr (IsPacked<V>) return add_packed<V>(a, from, to);
@@ -162,7 +166,7 @@ class Decoding {
                                                 state_.values + query * v_stride_, v_stride_, i == 0);
         });
         for (int i = 0; i < m; ++i) decay_[head * m + i] = 1.0f;  // the other rows add to this
-        tiles.n_tiles = 0;
+        tiles.clear();
       };
       for (int row = from; row < to;) {
         const int block = row / span, n = smaller(smaller(span - row % span, to - row), kTileRows);
@@ -233,7 +237,7 @@ class Decoding {
   int n_;
   std::ptrdiff_t k_stride_, v_stride_;
   int v_dim_;
-  bool takes_pairs_;
+  Rounding rounding_;
   Strand strands_[kStrands];
   float *scores_, *decay_;
   State state_;

@@ -2,7 +2,8 @@
 //
 // A page has its rows in tiles of 16, in the order in which dot products of fours of bytes want them: fours of a row's channels
 // for scores, fours of rows for sums of values (see docs/formats.md). Whole numbers of 14 bits are two digits from -64 to 64, whose
-// products with bytes fit into 16 bits two at a time, which is what processors without dot products of bytes want.
+// products with bytes fit into 16 bits two at a time, which is what processors without dot products of bytes want. Where queries may
+// be rounded, one digit of 8 bits is enough beside rows of fewer: those are ten times as far from what they were.
 #pragma once
 
 #include <cmath>
@@ -24,7 +25,9 @@ constexpr int kGroupRows = 64;  // rows that share a channel's parameters, or wh
 constexpr int kMostDim = 1024;
 constexpr int kPieces = kLanes / Vec::kWidth;
 constexpr int kMostTiles = kTileRows / kLanes + 4;
-constexpr float kMostDigits = 64 * 128 + 63;
+constexpr float kMostDigits = 64 * 128 + 63;  // of two digits,
+constexpr float kMostDigit = 127;             // of one with a sign,
+constexpr float kMostCount = 254;             // and of one without, where half of one may be carried over
 
 // Shares of the way from a row's smallest number to its largest that levels may span: formats try the first few of these.
 constexpr float kSpread[] = {1.0f, 0.8f, 0.63f};
@@ -33,9 +36,10 @@ constexpr float kSpread[] = {1.0f, 0.8f, 0.63f};
 // `lowest + step * code`; or `code` is a float, e4m3. Keys of few bits have `lowest + step * code` for each channel and 64 rows.
 enum class Coding { kCentred, kAffine, kFloating, kChannels };
 
-template <int kBitsOf, Coding kCodingOf>
+template <int kBitsOf, Coding kCodingOf, int kDigitsOf = 2>
 struct Packed {
   static constexpr int kBits = kBitsOf, kFields = 8 / kBitsOf, kSpreads = kBitsOf == 2 ? 3 : 1;
+  static constexpr int kDigits = kDigitsOf;  // of queries and weights
   static constexpr Coding kCoding = kCodingOf;
   // Levels are counted from the middle one on, so that what rounding does to queries and weights meets small numbers.
   static constexpr float kMiddle = 0.5f * ((1 << kBits) - 1);
@@ -47,6 +51,10 @@ using Int4 = Packed<4, Coding::kAffine>;
 using Int2 = Packed<2, Coding::kAffine>;
 using Int4Keys = Packed<4, Coding::kChannels>;
 using Int2Keys = Packed<2, Coding::kChannels>;
+
+// Such rows where one digit is enough.
+template <typename F>
+using Coarse = Packed<F::kBits, F::kCoding, 1>;
 
 template <typename T>
 concept IsPacked = requires { T::kBits; };
@@ -138,17 +146,23 @@ inline const char* place_of(const PackedValues<F>& rows) {
 
 // A query as digits, four channels after the other; its scale, and what is to be added to sums of their products.
 struct Digits {
-  const std::int32_t *high, *low;
+  const std::int32_t* of[2];  // the high ones and the low ones, or the only ones
   float scale;
   std::int32_t offset;  // before they are scaled
   float base;           // afterwards
 };
 
-// The factor that makes whole numbers of those whose largest is `most`. Smaller ones would have none, and count as 0.
-constexpr float kLeast = 1e-34f;
-inline float to_digits(float most) { return most > kLeast ? kMostDigits / most : 0.0f; }
+// What sums of products with each digit stand for.
+template <int kDigits>
+inline Ints joined(const Ints (&sums)[kDigits]) {
+  if constexpr (kDigits == 1) return sums[0];
+  else return Ints::joined(sums[0], sums[1]);
+}
 
-inline Vec size(Vec x) { return Vec::max(x, Vec::zero() - x); }
+// The factor that makes whole numbers up to `range` of those whose largest is `most`, and its inverse. Both are normal numbers.
+constexpr float kLeast = 2e-34f;
+inline float to_digits(float most, float range) { return range / larger(most, kLeast); }
+inline float from_digits(float most, float range) { return larger(most, kLeast) * (1.0f / range); }
 
 // Numbers times `factor` as whole numbers of two digits, which it returns.
 inline Vec store_digits_one(const float* x, Vec factor, std::int8_t* high, std::int8_t* low) {
@@ -169,6 +183,51 @@ inline Vec store_digits(const float* x, int n, Vec factor, std::int8_t* high, st
   return sum;
 }
 
+// Of kOf queries, numbers times a factor as whole numbers of one digit, and sums as above. Those without a sign are weights, and each
+// is what the rounded sum up to it is more than the one before: many small weights beside a large one would otherwise all become 0,
+// and their sum with them.
+template <bool kHasSign, int kOf>
+inline void store_digit(const float* const (&x)[kOf], int n, const Vec (&factor)[kOf], std::int8_t* const (&to)[kOf], Vec (&sums)[kOf]) {
+  Vec exact[kOf];
+  STRATAKV_UNROLL
+  for (int m = 0; m < kOf; ++m) exact[m] = sums[m] = Vec::zero();
+  const auto next = [&](int m, int i) {
+    if constexpr (kHasSign) {
+      const Vec whole = Vec::round(Vec::load(x[m] + i) * factor[m]);
+      sums[m] = sums[m] + whole;
+      return whole;
+    } else {
+      exact[m] = Vec::fma(Vec::load(x[m] + i), factor[m], exact[m]);
+      const Vec before = sums[m];
+      sums[m] = Vec::round(exact[m]);
+      return sums[m] - before;
+    }
+  };
+  int i = 0;
+  for (; i + 4 * Vec::kWidth <= n; i += 4 * Vec::kWidth) {
+    Vec whole[kOf][4];
+    STRATAKV_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      STRATAKV_UNROLL
+      for (int m = 0; m < kOf; ++m) whole[m][j] = next(m, i + j * Vec::kWidth);
+    }
+    STRATAKV_UNROLL
+    for (int m = 0; m < kOf; ++m) Vec::store_four<kHasSign>(whole[m], to[m] + i);
+  }
+  for (; i < n; i += Vec::kWidth) {
+    STRATAKV_UNROLL
+    for (int m = 0; m < kOf; ++m) kHasSign ? next(m, i).store_bytes(to[m] + i) : next(m, i).store_counts(to[m] + i);
+  }
+}
+
+// In so many digits, of which the low ones lie `low` bytes behind the high ones.
+template <int kDigits, bool kHasSign, int kOf>
+inline void store_whole(const float* const (&x)[kOf], int n, const Vec (&factor)[kOf], std::int8_t* const (&to)[kOf], std::ptrdiff_t low,
+                        Vec (&sums)[kOf]) {
+  if constexpr (kDigits == 1) return store_digit<kHasSign, kOf>(x, n, factor, to, sums);
+  else for (int m = 0; m < kOf; ++m) sums[m] = store_digits(x[m], n, factor[m], to[m], to[m] + low);
+}
+
 // What stands in each register, added up; there are at most four.
 template <int kOf>
 inline void add_up(const Vec (&x)[kOf], float* sums) {
@@ -180,52 +239,32 @@ inline void add_up(const Vec (&x)[kOf], float* sums) {
   for (int m = 0; m < kOf; ++m) sums[m] = out[m];
 }
 
-// Numbers `[kOf][stride]`, whose largest ones are known, as digits `[kOf][2][padded(dim)]`, their scales, and their sums as
-// whole numbers. All of them at once, since each waits for its largest number.
-template <int kOf>
-inline void digitise(const float* x, std::ptrdiff_t stride, int dim, const Vec (&largest)[kOf], std::int8_t* digits,
-                     std::ptrdiff_t digit_stride, float (&scale)[kOf], float (&sum)[kOf]) {
-  Vec inverse[kOf];
-  STRATAKV_UNROLL
-  for (int m = 0; m < kOf; ++m) {
-    const float most = largest[m].largest();
-    inverse[m] = Vec::all(to_digits(most));
-    scale[m] = most > kLeast ? most / kMostDigits : 0.0f;
-  }
-  Vec sums[kOf];
-  STRATAKV_UNROLL
-  for (int m = 0; m < kOf; ++m) {
-    std::int8_t* const high = digits + m * digit_stride;
-    sums[m] = store_digits(x + m * stride, static_cast<int>(padded(dim)), inverse[m], high, high + padded(dim));
-  }
-  add_up(sums, sum);
-}
-
 // A scaled query in the memory where it lies: rotated and as digits, where those are the same for all rows. Behind them
 // stand their scale and their sum.
 template <typename F>
 inline void digitise(float* query, int dim) {
   rotate(query, dim);
   alignas(64) std::int8_t digits[2 * kMostDim];
-  float scale[1], sum[1];
-  Vec largest[1] = {Vec::zero()}, total = Vec::zero();
+  Vec largest = Vec::zero(), total = Vec::zero();
   for (int d = 0; d < dim; d += Vec::kWidth) {
-    largest[0] = Vec::max(size(Vec::load(query + d)), largest[0]);
+    largest = Vec::max(Vec::load(query + d).size(), largest);
     total = total + Vec::load(query + d);
   }
-  digitise<1>(query, 0, dim, largest, digits, 0, scale, sum);
-  std::memcpy(query, digits, 2 * padded(dim));
-  query[padded(dim) / 2] = scale[0] + 0.0f * total.sum();  // what is no number stays none
-  query[padded(dim) / 2 + 1] = sum[0];
+  const int n = static_cast<int>(padded(dim));
+  const float most = largest.largest(), sum = store_digits(query, n, Vec::all(to_digits(most, kMostDigits)), digits, digits + n).sum();
+  std::memcpy(query, digits, 2 * n);
+  query[n / 2] = from_digits(most, kMostDigits) + 0.0f * total.sum();  // what is no number stays none
+  query[n / 2 + 1] = sum;
 }
 
 inline Digits digits_of(const float* query, int dim) {
   const std::ptrdiff_t n = padded(dim);
   const std::int32_t* const digits = reinterpret_cast<const std::int32_t*>(query);
-  return {digits, digits + n / 4, query[n / 2], -128 * static_cast<std::int32_t>(query[n / 2 + 1]), 0.0f};
+  return {{digits, digits + n / 4}, query[n / 2], -128 * static_cast<std::int32_t>(query[n / 2 + 1]), 0.0f};
 }
 
-// Queries as they meet a group of rows: each channel times its step, and with all of their lowest levels.
+// Queries as they meet a group of rows: each channel times its step, and with all of their lowest levels. All of them at once,
+// since each waits for its largest number.
 template <typename F, int kQueries>
 inline void digits_for(const float* queries, std::ptrdiff_t stride, int dim, const BFloat* parameters, std::int8_t* memory,
                        Digits (&out)[kQueries]) {
@@ -241,18 +280,32 @@ inline void digits_for(const float* queries, std::ptrdiff_t stride, int dim, con
       const Vec query = Vec::load(queries + m * stride + d);
       base[m] = Vec::fma(query, level, base[m]);
       const Vec product = query * step;
-      largest[m] = Vec::max(size(product), largest[m]);
+      largest[m] = Vec::max(product.size(), largest[m]);
       product.store(stepped[m] + d);
     }
   }
   float scale[kQueries], sum[kQueries], of_base[kQueries];
   add_up(base, of_base);
-  digitise<kQueries>(stepped[0], kMostDim, dim, largest, memory, 2 * kMostDim, scale, sum);
+  constexpr float kRange = F::kDigits == 1 ? kMostDigit : kMostDigits;
+  const int n = static_cast<int>(padded(dim));
+  const float* numbers[kQueries];
+  std::int8_t* to[kQueries];
+  Vec factor[kQueries], sums[kQueries];
   STRATAKV_UNROLL
   for (int m = 0; m < kQueries; ++m) {
-    const std::int32_t* const digits = reinterpret_cast<const std::int32_t*>(memory + std::ptrdiff_t{m} * 2 * kMostDim);
+    const float most = largest[m].largest();
+    scale[m] = from_digits(most, kRange);
+    factor[m] = Vec::all(to_digits(most, kRange));
+    numbers[m] = stepped[m];
+    to[m] = memory + m * (F::kDigits * kMostDim);
+  }
+  store_whole<F::kDigits, true, kQueries>(numbers, n, factor, to, n, sums);
+  add_up(sums, sum);
+  STRATAKV_UNROLL
+  for (int m = 0; m < kQueries; ++m) {
+    const std::int32_t* const digits = reinterpret_cast<const std::int32_t*>(to[m]);
     // A query or a parameter that is no number is one of the base's.
-    out[m] = {digits, digits + padded(dim) / 4, scale[m], 0, of_base[m] - F::kMiddle * scale[m] * sum[m]};
+    out[m] = {{digits, digits + n / 4}, scale[m], 0, of_base[m] - F::kMiddle * scale[m] * sum[m]};
   }
 }
 

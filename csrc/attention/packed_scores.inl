@@ -47,13 +47,13 @@ inline void score_tiles(const PackedKeys<F>& rows, int tile, int part, const flo
 template <typename F, int kQueries, int kTiles>
 inline void score_tiles(const PackedKeys<F>& rows, int tile, int part, const Digits (&digits)[kQueries], Vec (&total)[kTiles][kQueries],
                         Wanted wanted) {
-  Ints high[kTiles][kQueries], low[kTiles][kQueries];
+  Ints sums[kTiles][kQueries][F::kDigits];
   STRATAKV_UNROLL
   for (int t = 0; t < kTiles; ++t) {
     STRATAKV_UNROLL
     for (int m = 0; m < kQueries; ++m) {
-      high[t][m] = Ints::zero();
-      low[t][m] = Ints::all(digits[m].offset);
+      if (F::kDigits > 1) sums[t][m][0] = Ints::zero();
+      sums[t][m][F::kDigits - 1] = Ints::all(digits[m].offset);
     }
   }
   for (int quad = 0; quad < PackedKeys<F>::quads(rows.dim); ++quad) {
@@ -70,12 +70,11 @@ inline void score_tiles(const PackedKeys<F>& rows, int tile, int part, const Dig
       for (int t = 0; t < kTiles; ++t) codes[t] = bytes[t].template field<kField * F::kBits, F::kBits>();
       STRATAKV_UNROLL
       for (int m = 0; m < kQueries; ++m) {
-        const int four = quad * F::kFields + kField;
-        const Ints first = Ints::all(digits[m].high[four]), second = Ints::all(digits[m].low[four]);
         STRATAKV_UNROLL
-        for (int t = 0; t < kTiles; ++t) {
-          high[t][m] = Ints::dot(high[t][m], codes[t], first);
-          low[t][m] = Ints::dot(low[t][m], codes[t], second);
+        for (int i = 0; i < F::kDigits; ++i) {
+          const Ints four = Ints::all(digits[m].of[i][quad * F::kFields + kField]);
+          STRATAKV_UNROLL
+          for (int t = 0; t < kTiles; ++t) sums[t][m][i] = Ints::dot(sums[t][m][i], codes[t], four);
         }
       }
     });
@@ -86,7 +85,7 @@ inline void score_tiles(const PackedKeys<F>& rows, int tile, int part, const Dig
     for (int m = 0; m < kQueries; ++m) {
       Vec scale = Vec::all(digits[m].scale);
       if constexpr (F::kCoding == Coding::kCentred) scale = scale * rows.parameter(tile + t, 0, part);
-      total[t][m] = Vec::fma(Ints::joined(high[t][m], low[t][m]).floats(), scale, Vec::all(digits[m].base));
+      total[t][m] = Vec::fma(joined(sums[t][m]).floats(), scale, Vec::all(digits[m].base));
     }
   }
 }
@@ -95,7 +94,7 @@ inline void score_tiles(const PackedKeys<F>& rows, int tile, int part, const Dig
 template <typename F, int kQueries>
 inline void score_rows(const PackedKeys<F>& rows, int n, int dim, const float* queries, std::ptrdiff_t stride, float* scores,
                        Wanted wanted) {
-  constexpr int kTiles = Vec::kRegisters >= 32 ? 2 : 1;  // as many as leave all sums in registers
+  constexpr int kTiles = Vec::kRegisters >= 32 ? 4 / F::kDigits : 1;  // as many as leave all sums in registers
   const int from = rows.row, to = rows.row + n;
   const std::ptrdiff_t tile_bytes = PackedKeys<F>::tile_bytes(dim);
   const auto put = [&](int tile, int part, const Vec(&total)[kQueries]) {
@@ -133,7 +132,7 @@ inline void score_rows(const PackedKeys<F>& rows, int n, int dim, const float* q
   };
   const int last = (to + kLanes - 1) / kLanes;
   if constexpr (F::kCoding == Coding::kChannels) {
-    alignas(64) std::int8_t memory[kQueries][2 * kMostDim];
+    alignas(64) std::int8_t memory[kQueries][F::kDigits * kMostDim];
     const std::ptrdiff_t group_bytes = std::ptrdiff_t{2 * static_cast<int>(sizeof(BFloat))} * dim;
     for (int group = from / kGroupRows; group * kGroupRows < to; ++group) {
       const char* const own = reinterpret_cast<const char*>(rows.parameters) + group * group_bytes;

@@ -28,7 +28,12 @@ struct ValueTiles {
   };
   Tile tiles[kMostTiles];
   int n_tiles = 0;
+  bool are_full = true;  // all rows of all tiles are wanted, so that their weights lie side by side
 
+  void clear() {
+    n_tiles = 0;
+    are_full = true;
+  }
   bool has_room(int n_rows) const { return n_tiles + n_rows / kLanes + 2 <= kMostTiles; }
 
   // `n` rows, whose weights begin at `at`.
@@ -42,19 +47,22 @@ struct ValueTiles {
                           lane,
                           at,
                           own};
+      are_full = are_full && own == kLanes;
       row += own;
       at += own;
     }
   }
   Vec parameter(int t, int which, int part) const { return Vec::load(tiles[t].parameters + which * kLanes + part * Vec::kWidth); }
 
-  // Of weights, those of a tile's rows in their lanes, and 0 in all others.
-  Vec weights_of(int t, int part, const float* weights) const {
-    const Tile& tile = tiles[t];
-    if (tile.n == kLanes) return Vec::load(weights + tile.at + part * Vec::kWidth);
-    alignas(64) float lanes[kLanes] = {};
-    copy(weights + tile.at, tile.n, lanes + tile.lane);
-    return Vec::load(lanes + part * Vec::kWidth);
+  // Of weights, those of all tiles' rows in their lanes, and 0 in all others: where they lie, or in `memory`.
+  const float* lanes_of(const float* weights, float* memory) const {
+    if (are_full) return weights + tiles[0].at;
+    for (int t = 0; t < n_tiles; ++t) {
+      float* const lanes = memory + t * kLanes;
+      fill(lanes, kLanes, 0.0f);
+      copy(weights + tiles[t].at, tiles[t].n, lanes + tiles[t].lane);
+    }
+    return memory;
   }
 
   // `words` words of 4 bytes from word `at` of a tile on, of which a register takes what it has room for.
@@ -69,7 +77,7 @@ struct ValueTiles {
 // Weights of rows as digits, those of four rows in a word.
 struct Weights {
   float scale, lowest;  // of the sums, and what is added to each
-  alignas(64) std::int8_t digits[2][kMostTiles * kLanes];
+  alignas(64) std::int8_t digits[2][kMostTiles * kLanes];  // the high ones and the low ones, or the only ones
 
   Ints four(int digit, int at) const {
     std::int32_t word;
@@ -78,30 +86,52 @@ struct Weights {
   }
 };
 
-// Weights times the parameters of group g.
-template <typename F>
-inline void weigh(const ValueTiles<F>& rows, int dim, int g, const float* weights, Weights& out) {
-  alignas(64) float scaled[kMostTiles * kLanes];
-  Vec largest = Vec::zero(), lowest = Vec::zero(), total = Vec::zero();
+// Weights times the parameters of group g, of all queries at once: parameters are the same, and each waits for its largest number.
+template <typename F, int kQueries>
+inline void weigh(const ValueTiles<F>& rows, int dim, int g, const float* weights, Weights (&out)[kQueries]) {
+  alignas(64) float scaled[kQueries][kMostTiles * kLanes];
+  const float* lanes[kQueries];
+  Vec largest[kQueries], lowest[kQueries], total[kQueries];
+  STRATAKV_UNROLL
+  for (int m = 0; m < kQueries; ++m) {
+    lanes[m] = rows.lanes_of(weights + m * kTileRows, scaled[m]);
+    largest[m] = lowest[m] = total[m] = Vec::zero();
+  }
   for (int t = 0; t < rows.n_tiles; ++t) {
     for (int part = 0; part < kPieces; ++part) {
-      const Vec weight = rows.weights_of(t, part, weights);
-      const Vec product = weight * where_seen(weight, rows.parameter(t, g, part));
-      if constexpr (F::kAffine) {
-        lowest = Vec::fma(weight, where_seen(weight, rows.parameter(t, PackedValues<F>::groups(dim) + g, part)), lowest);
-        lowest = Vec::fma(product, Vec::all(F::kMiddle), lowest);
+      const Vec step = rows.parameter(t, g, part), low = F::kAffine ? rows.parameter(t, PackedValues<F>::groups(dim) + g, part) : Vec::zero();
+      STRATAKV_UNROLL
+      for (int m = 0; m < kQueries; ++m) {
+        const int at = t * kLanes + part * Vec::kWidth;
+        const Vec weight = Vec::load(lanes[m] + at), product = weight * where_seen(weight, step);
+        if constexpr (F::kAffine) lowest[m] = Vec::fma(weight, where_seen(weight, low), lowest[m]);
+        largest[m] = Vec::max(product, largest[m]);
+        total[m] = total[m] + product;
+        product.store(scaled[m] + at);
       }
-      largest = Vec::max(product, largest);
-      total = total + product;
-      product.store(scaled + t * kLanes + part * Vec::kWidth);
     }
   }
-  const float most = largest.largest();
-  const Vec digits = store_digits(scaled, rows.n_tiles * kLanes, Vec::all(to_digits(most)), out.digits[0], out.digits[1]);
-  float sums[4];
-  Vec::store_sums(digits, total, lowest, lowest, sums);
-  out.scale = (most > kLeast ? most / kMostDigits : 0.0f) + 0.0f * sums[1];  // what is no number stays none
-  out.lowest = F::kAffine ? sums[2] - F::kMiddle * sums[0] * out.scale : -128.0f * sums[0] * out.scale;
+  constexpr float kRange = F::kDigits == 1 ? kMostCount : kMostDigits;
+  const int n = rows.n_tiles * kLanes;
+  const float* numbers[kQueries];
+  std::int8_t* to[kQueries];
+  Vec factor[kQueries], digits[kQueries];
+  STRATAKV_UNROLL
+  for (int m = 0; m < kQueries; ++m) {
+    const float most = largest[m].largest();
+    out[m].scale = from_digits(most, kRange);
+    factor[m] = Vec::all(to_digits(most, kRange));
+    numbers[m] = scaled[m];
+    to[m] = out[m].digits[0];
+  }
+  store_whole<F::kDigits, false, kQueries>(numbers, n, factor, to, sizeof out[0].digits[0], digits);
+  STRATAKV_UNROLL
+  for (int m = 0; m < kQueries; ++m) {
+    float sums[4];
+    Vec::store_sums(digits[m], total[m], lowest[m], lowest[m], sums);
+    out[m].scale += 0.0f * sums[1];  // what is no number stays none
+    out[m].lowest = F::kAffine ? sums[2] + F::kMiddle * (sums[1] - sums[0] * out[m].scale) : -128.0f * sums[0] * out[m].scale;
+  }
 }
 
 // values[m] = values[m] * decay[m] + sum over r of weights[m][r] * row r, rotated as the rows are.
@@ -110,10 +140,10 @@ inline void add_values(const ValueTiles<F>& rows, int dim, const float* weights,
                        bool fetches) {
   alignas(64) float scaled[kQueries][kMostTiles * kLanes];
   for (int m = 0; m < kQueries; ++m) {
+    const float* const lanes = rows.lanes_of(weights + m * kTileRows, scaled[m]);
     for (int at = 0; at < rows.n_tiles * kLanes; at += Vec::kWidth) {
-      const int t = at / kLanes, part = at % kLanes / Vec::kWidth;
-      const Vec weight = rows.weights_of(t, part, weights + m * kTileRows);
-      (weight * where_seen(weight, rows.parameter(t, 0, part))).store(scaled[m] + at);
+      const Vec weight = Vec::load(lanes + at);
+      (weight * where_seen(weight, rows.parameter(at / kLanes, 0, at % kLanes / Vec::kWidth))).store(scaled[m] + at);
     }
   }
   for (int d = 0; d < dim; d += Vec::kWidth) {
@@ -142,13 +172,16 @@ template <typename F, int kQueries, int kRegisters>
 inline void add_words(const ValueTiles<F>& rows, int dim, int g, int word, const Weights* weights, const float* decay, float* values,
                       std::ptrdiff_t stride, bool fetches) {
   const int n_words = PackedValues<F>::words(dim), own = PackedValues<F>::words_of(dim, g), first = PackedValues<F>::word_at(g) + word;
-  Ints high[kQueries][F::kFields][kRegisters], low[kQueries][F::kFields][kRegisters];
+  Ints sums[kQueries][F::kFields][kRegisters][F::kDigits];
   STRATAKV_UNROLL
   for (int m = 0; m < kQueries; ++m) {
     STRATAKV_UNROLL
     for (int i = 0; i < F::kFields; ++i) {
       STRATAKV_UNROLL
-      for (int r = 0; r < kRegisters; ++r) high[m][i][r] = low[m][i][r] = Ints::zero();
+      for (int r = 0; r < kRegisters; ++r) {
+        STRATAKV_UNROLL
+        for (Ints& sum : sums[m][i][r]) sum = Ints::zero();
+      }
     }
   }
   for (int t = 0; t < rows.n_tiles; ++t) {
@@ -165,11 +198,14 @@ inline void add_words(const ValueTiles<F>& rows, int dim, int g, int word, const
         for (int r = 0; r < kRegisters; ++r) codes[r] = bytes[r].template field<kField * F::kBits, F::kBits>();
         STRATAKV_UNROLL
         for (int m = 0; m < kQueries; ++m) {
-          const Ints one = weights[m].four(0, 4 * t + four), two = weights[m].four(1, 4 * t + four);
           STRATAKV_UNROLL
-          for (int r = 0; r < kRegisters; ++r) {
-            high[m][kField][r] = Ints::dot(high[m][kField][r], codes[r], one);
-            low[m][kField][r] = Ints::dot(low[m][kField][r], codes[r], two);
+          for (int i = 0; i < F::kDigits; ++i) {
+            const Ints digits = weights[m].four(i, 4 * t + four);
+            STRATAKV_UNROLL
+            for (int r = 0; r < kRegisters; ++r) {
+              Ints& sum = sums[m][kField][r][i];  // counts have no sign, codes of few bits may have one
+              sum = F::kDigits == 1 ? Ints::dot(sum, digits, codes[r]) : Ints::dot(sum, codes[r], digits);
+            }
           }
         }
       });
@@ -185,7 +221,7 @@ inline void add_words(const ValueTiles<F>& rows, int dim, int g, int word, const
         const int at = word + r * Vec::kWidth, d = g * kGroup + i * own + at, n = smaller(own - at, dim - d);
         if (n <= 0) continue;  // fields that fill up the last word
         float* const to = values + m * stride + d;
-        store_up_to(Vec::fma(Ints::joined(high[m][i][r], low[m][i][r]).floats(), scale, Vec::fma(load_up_to(to, n), left, lowest)), to, n);
+        store_up_to(Vec::fma(joined(sums[m][i][r]).floats(), scale, Vec::fma(load_up_to(to, n), left, lowest)), to, n);
       }
     }
   }
@@ -196,19 +232,24 @@ template <typename F, int kQueries>
 inline void add_group(const ValueTiles<F>& rows, int dim, int g, const Weights* weights, const float* decay, float* values, std::ptrdiff_t stride,
                       bool fetches) {
   constexpr int kSums = Vec::kRegisters >= 32 ? 24 : 8;  // beside codes and digits
-  constexpr int kMost = larger(1, kSums / (2 * F::kFields));
+  constexpr int kMost = larger(1, kSums / (F::kDigits * F::kFields));
   if constexpr (kQueries > kMost) {
     constexpr int kFirst = (kQueries + 1) / 2;
     add_group<F, kFirst>(rows, dim, g, weights, decay, values, stride, fetches);
     add_group<F, kQueries - kFirst>(rows, dim, g, weights + kFirst, decay + kFirst, values + kFirst * stride, stride, false);
   } else {
-    constexpr int kRegisters = kSums / (2 * F::kFields * kQueries) >= 4 ? 4 : kSums / (2 * F::kFields * kQueries) >= 2 ? 2 : 1;
+    constexpr int kRegisters = kSums / (F::kDigits * F::kFields * kQueries);
     const int own = PackedValues<F>::words_of(dim, g);
     int word = 0;
-    for (; word + kRegisters * Vec::kWidth <= own; word += kRegisters * Vec::kWidth) {
-      add_words<F, kQueries, kRegisters>(rows, dim, g, word, weights, decay, values, stride, fetches);
-    }
-    for (; word < own; word += Vec::kWidth) add_words<F, kQueries, 1>(rows, dim, g, word, weights, decay, values, stride, fetches);
+    const auto add = [&](auto count) {
+      constexpr int kWords = decltype(count)::value * Vec::kWidth;
+      for (; decltype(count)::value == 1 ? word < own : word + kWords <= own; word += kWords) {
+        add_words<F, kQueries, decltype(count)::value>(rows, dim, g, word, weights, decay, values, stride, fetches);
+      }
+    };
+    if constexpr (kRegisters >= 4) add(Count<4>{});
+    if constexpr (kRegisters >= 2) add(Count<2>{});
+    add(Count<1>{});
   }
 }
 
@@ -222,9 +263,7 @@ inline void add_values(const ValueTiles<F>& rows, int dim, const float* weights,
     if (tile.wanted.far != nullptr) fetch_page(tile.wanted.far + parameters, PackedValues<F>::n_parameters(dim) * 32);
   }
   for (int g = 0; g * kGroup < dim; ++g) {
-    if (F::kAffine || g == 0) {
-      for (int m = 0; m < kQueries; ++m) weigh(rows, dim, g, weights + m * kTileRows, parts[m]);
-    }
+    if (F::kAffine || g == 0) weigh<F, kQueries>(rows, dim, g, weights, parts);
     add_group<F, kQueries>(rows, dim, g, parts, decay, values, stride, fetches);
   }
 }

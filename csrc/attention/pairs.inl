@@ -49,24 +49,33 @@ inline void scale_scores(float*, int, float) {}
 template <typename V>
 inline void round_weights(float*, int) {}
 
-// Whether bf16 rows of a call do. An output in bf16 is not made better by weights that are more exact.
-inline bool takes_pairs(const AttentionArguments& a) {
-  return kHasPairs && (a.rounds || a.query_type == NumberType::kBFloat);
-}
+// What becomes of a call's queries and weights. An output in 16 bits is not made better by more exact ones.
+struct Rounding {
+  bool in_pairs;  // bf16 where rows are
+  bool to_digit;  // one digit where rows have few bits; beside many channels the rounding of all could be half of one wide channel's
+
+  explicit Rounding(const AttentionArguments& a)
+      : in_pairs(kHasPairs && (a.rounds || a.query_type == NumberType::kBFloat)),
+        to_digit((a.rounds || a.query_type != NumberType::kFloat) && a.pages.k_dim <= kGroup) {}
+};
 
 // As in formats.inl, but for those.
 template <typename Function>
-inline void with_keys(NumberType type, bool in_pairs, const Function& function) {
+inline void with_keys(NumberType type, Rounding rounding, const Function& function) {
   if constexpr (kHasPairs) {
-    if (in_pairs && type == NumberType::kBFloat) return function(Paired{});
+    if (rounding.in_pairs && type == NumberType::kBFloat) return function(Paired{});
   }
+  if (rounding.to_digit && type == NumberType::kInt4) return function(Coarse<Int4Keys>{});
+  if (rounding.to_digit && type == NumberType::kInt2) return function(Coarse<Int2Keys>{});
   with_keys(type, function);
 }
 template <typename Function>
-inline void with_values(NumberType type, bool in_pairs, const Function& function) {
+inline void with_values(NumberType type, Rounding rounding, const Function& function) {
   if constexpr (kHasPairs) {
-    if (in_pairs && type == NumberType::kBFloat) return function(Paired{});
+    if (rounding.in_pairs && type == NumberType::kBFloat) return function(Paired{});
   }
+  if (rounding.to_digit && type == NumberType::kInt4) return function(Coarse<Int4>{});
+  if (rounding.to_digit && type == NumberType::kInt2) return function(Coarse<Int2>{});
   with_values(type, function);
 }
 

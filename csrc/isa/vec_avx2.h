@@ -52,6 +52,8 @@ struct Vec {
   }
 
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  // The numbers without their signs.
+  Vec size() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
   static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -101,11 +103,23 @@ struct Vec {
     return {__builtin_shufflevector(v, v, kPlaces...)};
   }
 
-  // Whole numbers of at most 127.
-  void store_bytes(std::int8_t* p) const {
+  // Numbers as whole ones of 16 bits.
+  __m128i words() const {
     const __m256i whole = _mm256_cvtps_epi32(v);
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+    return _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  }
+  // Whole numbers of at most 127,
+  void store_bytes(std::int8_t* p) const { _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words(), words())); }
+  // or from 0 to 255.
+  void store_counts(std::int8_t* p) const { _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words(), words())); }
+
+  // Of four registers those of at most 127 (with a sign), or those from 0 to 255.
+  template <bool kHasSign>
+  static void store_four(const Vec (&x)[4], std::int8_t* p) {
+    const __m256i ab = _mm256_packs_epi32(_mm256_cvtps_epi32(x[0].v), _mm256_cvtps_epi32(x[1].v));
+    const __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(x[2].v), _mm256_cvtps_epi32(x[3].v));
+    const __m256i bytes = kHasSign ? _mm256_packs_epi16(ab, cd) : _mm256_packus_epi16(ab, cd);  // whose fours come out in turns
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
   }
 
   static Vec zero_where_less(Vec a, Vec b, Vec value) {
@@ -144,7 +158,7 @@ struct Ints {
     return {_mm256_and_si256(_mm256_srl_epi32(v, _mm_cvtsi32_si128(from)), _mm256_set1_epi32((1 << n) - 1))};
   }
 
-  // sum[i] + the products of the four unsigned bytes of a[i] with the signed ones of b[i]; those are at most 64 in size.
+  // sum[i] + the products of the four unsigned bytes of a[i] with the signed ones of b[i], of which no two together exceed 16 bits.
   static Ints dot(Ints sum, Ints a, Ints b) {
     return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(_mm256_maddubs_epi16(a.v, b.v), _mm256_set1_epi16(1)))};
   }

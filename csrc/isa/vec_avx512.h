@@ -36,6 +36,8 @@ struct Vec {
   void store_some(BFloat* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), bfloat()); }
 
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  // The numbers without their signs.
+  Vec size() const { return {_mm512_abs_ps(v)}; }
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -78,6 +80,21 @@ struct Vec {
   // Whole numbers of at most 127.
   void store_bytes(std::int8_t* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
+
+  // Whole numbers from 0 to 255.
+  void store_counts(std::int8_t* p) const { store_bytes(p); }
+
+  // Of four registers those of at most 127 (with a sign), or those from 0 to 255.
+  template <bool kHasSign>
+  static void store_four(const Vec (&x)[4], std::int8_t* p) {
+    const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(x[0].v), _mm512_cvtps_epi32(x[1].v));
+    const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(x[2].v), _mm512_cvtps_epi32(x[3].v));
+    _mm512_storeu_si512(p, in_order(kHasSign ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd)));
+  }
+  // Bytes that were packed twice: fours of them come out in turns.
+  static __m512i in_order(__m512i bytes) {
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);
   }
 
   static Vec zero_where_less(Vec a, Vec b, Vec value) {
@@ -126,7 +143,7 @@ struct Ints {
     return {_mm512_and_si512(_mm512_srl_epi32(v, _mm_cvtsi32_si128(from)), _mm512_set1_epi32((1 << n) - 1))};
   }
 
-  // sum[i] + the products of the four unsigned bytes of a[i] with the signed ones of b[i]; those are at most 64 in size.
+  // sum[i] + the products of the four unsigned bytes of a[i] with the signed ones of b[i], of which no two together exceed 16 bits.
   static Ints dot(Ints sum, Ints a, Ints b) {
 #ifdef __AVX512VNNI__
     return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)};
@@ -160,10 +177,8 @@ inline Vec store_digits(const float* x, Vec factor, std::int8_t* high, std::int8
   const __m512i a = _mm512_packs_epi32(whole[0], whole[1]), b = _mm512_packs_epi32(whole[2], whole[3]), half = _mm512_set1_epi16(64);
   const __m512i a_high = _mm512_srai_epi16(_mm512_add_epi16(a, half), 7), b_high = _mm512_srai_epi16(_mm512_add_epi16(b, half), 7);
   const __m512i a_low = _mm512_sub_epi16(a, _mm512_slli_epi16(a_high, 7)), b_low = _mm512_sub_epi16(b, _mm512_slli_epi16(b_high, 7));
-  // Fours of numbers come out in turns.
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_storeu_si512(high, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(a_high, b_high)));
-  _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(a_low, b_low)));
+  _mm512_storeu_si512(high, Vec::in_order(_mm512_packs_epi16(a_high, b_high)));
+  _mm512_storeu_si512(low, Vec::in_order(_mm512_packs_epi16(a_low, b_low)));
   return {_mm512_cvtepi32_ps(sums)};
 }
 

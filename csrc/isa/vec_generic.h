@@ -79,6 +79,8 @@ struct Vec {
   }
 
   static Vec fma(Vec a, Vec b, Vec c) { return map([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
+  // The numbers without their signs.
+  Vec size() const { return map([&](int i) { return std::fabs(v[i]); }); }
   static Vec max(Vec a, Vec b) { return map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
   friend Vec operator+(Vec a, Vec b) { return map([&](int i) { return a.v[i] + b.v[i]; }); }
   friend Vec operator-(Vec a, Vec b) { return map([&](int i) { return a.v[i] - b.v[i]; }); }
@@ -121,6 +123,17 @@ struct Vec {
   // Whole numbers of at most 127.
   void store_bytes(std::int8_t* p) const {
     for (int i = 0; i < kWidth; ++i) p[i] = static_cast<std::int8_t>(v[i] == v[i] ? v[i] : 0.0f);
+  }
+
+  // Whole numbers from 0 to 255.
+  void store_counts(std::int8_t* p) const {
+    for (int i = 0; i < kWidth; ++i) p[i] = static_cast<std::int8_t>(static_cast<std::uint8_t>(v[i] == v[i] ? v[i] : 0.0f));
+  }
+
+  // Of four registers.
+  template <bool kHasSign>
+  static void store_four(const Vec (&x)[4], std::int8_t* p) {
+    for (int i = 0; i < 4; ++i) kHasSign ? x[i].store_bytes(p + i * kWidth) : x[i].store_counts(p + i * kWidth);
   }
 
   static Vec zero_where_less(Vec a, Vec b, Vec value) { return map([&](int i) { return a.v[i] < b.v[i] ? 0.0f : value.v[i]; }); }
@@ -182,7 +195,7 @@ struct Ints {
     return out;
   }
 
-  // sum[i] + the products of the four unsigned bytes of a[i] with the signed ones of b[i]; those are at most 64 in size.
+  // sum[i] + the products of the four unsigned bytes of a[i] with the signed ones of b[i], of which no two together exceed 16 bits.
   static Ints dot(Ints sum, Ints a, Ints b) {
     for (int i = 0; i < Vec::kWidth; ++i) {
       std::uint8_t x[4];

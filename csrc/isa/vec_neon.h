@@ -43,6 +43,8 @@ struct Vec {
 
   static Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
   // The second where either is no number, as elsewhere; vmaxq_f32 would give none.
+  // The numbers without their signs.
+  Vec size() const { return {vabsq_f32(v)}; }
   static Vec max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
   friend Vec operator+(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
@@ -75,6 +77,15 @@ struct Vec {
     const int16x4_t words = vmovn_s32(vcvtnq_s32_f32(v));
     const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
     std::memcpy(p, &bytes, kWidth);
+  }
+
+  // Whole numbers from 0 to 255.
+  void store_counts(std::int8_t* p) const { store_bytes(p); }
+
+  // Of four registers.
+  template <bool kHasSign>
+  static void store_four(const Vec (&x)[4], std::int8_t* p) {
+    for (int i = 0; i < 4; ++i) kHasSign ? x[i].store_bytes(p + i * kWidth) : x[i].store_counts(p + i * kWidth);
   }
 
   static Vec zero_where_less(Vec a, Vec b, Vec value) {
@@ -115,7 +126,7 @@ struct Ints {
     return {vreinterpretq_s32_u32(vandq_u32(moved, vdupq_n_u32((1u << n) - 1)))};
   }
 
-  // sum[i] + the products of the four unsigned bytes of a[i] with the signed ones of b[i]; those are at most 64 in size.
+  // sum[i] + the products of the four unsigned bytes of a[i] with the signed ones of b[i], of which no two together exceed 16 bits.
   static Ints dot(Ints sum, Ints a, Ints b) {
     const uint8x16_t u = vreinterpretq_u8_s32(a.v);
     const int8x16_t s = vreinterpretq_s8_s32(b.v);
