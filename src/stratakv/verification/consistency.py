@@ -25,7 +25,10 @@ from stratakv.verification.report import CutResult, Divergence, VerifyReport
 LOGIT_TOLERANCE = 1e-4
 """fp32: largest difference of a logit, relative to the position's largest logit."""
 IN_DIGITS = 10.0
-"""What kernels may be off more where they meet integers: queries and weights are whole numbers of 14 bits there."""
+"""What kernels may be off more where they meet integers: queries and weights are whole numbers of 14 bits there.
+
+Beside a model in 16 bits they may have 8, which the coarseness of its own numbers allows for.
+"""
 LAYER_TOLERANCE = 1e-4
 """fp32: L2 distance of a layer's output, relative to its L2 norm, at each token."""
 
