@@ -23,10 +23,27 @@ from stratakv.integrations.transformers import KVCache, attach
 from stratakv.policies import Window
 from stratakv.testing.running import random_ids
 from stratakv.testing.tiny import tiny_gemma3, tiny_llama
-from stratakv.verification import verify
+from stratakv.verification import fidelity, verify
 
 IDS = random_ids(1, 30, seed=11)
 Mutation = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda given: verify(given, IDS),
+        lambda given: fidelity(given, IDS, prefilled=4),
+        KVCache.for_model,
+        attach,
+    ],
+)
+def test_what_attach_returns_is_no_model(ask: Callable[[Any], Any]) -> None:
+    attachment = attach(tiny_llama())
+    with pytest.raises(ConfigurationError, match="model is needed, got Attachment; the model is its attribute"):
+        ask(attachment)
+    with pytest.raises(ConfigurationError, match="model is needed, got str"):
+        ask("HuggingFaceTB/SmolLM2-135M")
 
 
 @pytest.mark.parametrize("layout", ["paged", "contiguous", "growing"])

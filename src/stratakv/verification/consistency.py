@@ -12,7 +12,7 @@ from torch import Tensor
 from stratakv.codecs import get_codecs
 from stratakv.errors import ConfigurationError, UnsupportedError
 from stratakv.integrations.transformers import KVCache
-from stratakv.integrations.transformers.arguments import whole_numbers
+from stratakv.integrations.transformers.arguments import check_model, whole_numbers
 from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword
 from stratakv.integrations.transformers.geometry import max_positions
 from stratakv.integrations.transformers.quiet import quiet_transformers
@@ -57,6 +57,7 @@ def verify(
         ConfigurationError: no tokens, ids that the model does not have, or more tokens than it has positions.
         UnsupportedError: the model or the combination is not served.
     """
+    check_model(model)
     ids = _checked_ids(model, token_ids)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedError("verify feeds decoder-only models; `stratakv verify --architectures` covers the others")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stratakv.errors import ConfigurationError, UnsupportedError
 from stratakv.integrations.transformers import KVCache
-from stratakv.integrations.transformers.arguments import whole_numbers
+from stratakv.integrations.transformers.arguments import check_model, whole_numbers
 from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword
 from stratakv.integrations.transformers.quiet import quiet_transformers
 from stratakv.units import whole
@@ -86,6 +86,7 @@ def fidelity(
         ConfigurationError: no text, or not more tokens than `prefilled`.
         UnsupportedError: the model or the combination is not served.
     """
+    check_model(model)
     prefilled = whole("prefilled", prefilled)
     ids = _token_ids(model, text, tokenizer)
     n_sequences, n_tokens = ids.shape

@@ -1,4 +1,4 @@
-"""Whole numbers in lists, tensors and arrays as others hand them over."""
+"""Models, and whole numbers in lists, tensors and arrays, as others hand them over."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from torch import Tensor
 
 from stratakv.errors import ConfigurationError
 from stratakv.tensors import INTEGERS
+
+
+def check_model(given: Any) -> None:
+    """Refuse with ConfigurationError what is no model."""
+    if not isinstance(given, torch.nn.Module):
+        hint = (
+            "; the model is its attribute `model`" if isinstance(getattr(given, "model", None), torch.nn.Module) else ""
+        )
+        raise ConfigurationError(f"a transformers model is needed, got {type(given).__name__}{hint}")
 
 
 def whole_numbers(name: str, given: Any) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stratakv.errors import StrataKVError, UnsupportedError
 from stratakv.integrations.transformers import recurrent
+from stratakv.integrations.transformers.arguments import check_model
 from stratakv.integrations.transformers.attention import register
 from stratakv.integrations.transformers.cache import KVCache
 from stratakv.integrations.transformers.compat import PreTrainedModel, cache_keyword, forward_parameters
@@ -80,7 +81,9 @@ def attach(
 
     Raises:
         UnsupportedError: with the reason. CapacityError: no room for the weights. The model is as it was.
+        ConfigurationError: it is no model.
     """
+    check_model(model)
     was_attached = attention_config(model)._attn_implementation == ATTENTION_NAME
     attachment = _attach(model, probe_inputs)
     before = vars(model).get("forward") if attachment.is_native else None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stratakv.errors import UnsupportedError
+from stratakv.integrations.transformers.arguments import check_model
 from stratakv.integrations.transformers.compat import (
     DummyLayer,
     DynamicLayer,
@@ -72,8 +73,9 @@ def servable_layers(model: Any) -> list[Any]:
     """`template_layers` of a model that can use our cache at all.
 
     Raises:
-        UnsupportedError: it cannot, with the reason.
+        UnsupportedError: it cannot, with the reason. ConfigurationError: it is no model.
     """
+    check_model(model)
     name = type(model).__name__
     takes_cache = getattr(type(model), "_supports_default_dynamic_cache", None)
     if takes_cache is not None and not takes_cache():
