@@ -231,7 +231,7 @@ inline void add_words(const ValueTiles<F>& rows, int dim, int g, int word, const
 template <typename F, int kQueries>
 inline void add_group(const ValueTiles<F>& rows, int dim, int g, const Weights* weights, const float* decay, float* values, std::ptrdiff_t stride,
                       bool fetches) {
-  constexpr int kSums = Vec::kRegisters >= 32 ? 24 : 8;  // beside codes and digits
+  constexpr int kSums = Vec::kRegisters >= 32 ? 16 : 8;  // beside codes and digits; of more the compiler keeps some in memory
   constexpr int kMost = larger(1, kSums / (F::kDigits * F::kFields));
   if constexpr (kQueries > kMost) {
     constexpr int kFirst = (kQueries + 1) / 2;
