@@ -183,14 +183,32 @@ inline Vec store_digits(const float* x, int n, Vec factor, std::int8_t* high, st
   return sum;
 }
 
+// Where the sums of a register's places begin: all between -1/2 and 1/2, neighbours far apart.
+template <int kWidth>
+struct Starts {
+  alignas(64) float at[kWidth]{};
+  constexpr Starts() {
+    for (int i = 0; i < kWidth; ++i) {
+      int turned = 0;
+      for (int bit = 1; bit < kWidth; bit *= 2) turned = 2 * turned + ((i & bit) != 0);
+      at[i] = (turned + 0.5f) / kWidth - 0.5f;
+    }
+  }
+};
+template <int kWidth>
+constexpr Starts<kWidth> kStarts{};
+
 // Of kOf queries, numbers times a factor as whole numbers of one digit, and sums as above. Those without a sign are weights, and each
-// is what the rounded sum up to it is more than the one before: many small weights beside a large one would otherwise all become 0,
-// and their sum with them.
+// is what the rounded sum of its place in a register is more than before it: many small weights beside a large one would otherwise
+// all become 0, and their sum with them. Sums that began alike would reach the next whole number in the same rows.
 template <bool kHasSign, int kOf>
 inline void store_digit(const float* const (&x)[kOf], int n, const Vec (&factor)[kOf], std::int8_t* const (&to)[kOf], Vec (&sums)[kOf]) {
   Vec exact[kOf];
   STRATAKV_UNROLL
-  for (int m = 0; m < kOf; ++m) exact[m] = sums[m] = Vec::zero();
+  for (int m = 0; m < kOf; ++m) {
+    exact[m] = Vec::load(kStarts<Vec::kWidth>.at);
+    sums[m] = Vec::zero();
+  }
   const auto next = [&](int m, int i) {
     if constexpr (kHasSign) {
       const Vec whole = Vec::round(Vec::load(x[m] + i) * factor[m]);

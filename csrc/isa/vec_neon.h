@@ -42,9 +42,9 @@ struct Vec {
   }
 
   static Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
-  // The second where either is no number, as elsewhere; vmaxq_f32 would give none.
   // The numbers without their signs.
   Vec size() const { return {vabsq_f32(v)}; }
+  // The second where either is no number, as elsewhere; vmaxq_f32 would give none.
   static Vec max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
   friend Vec operator+(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }

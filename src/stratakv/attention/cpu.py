@@ -181,14 +181,15 @@ class _Call:
         _, n_heads, n_new, dim = asked.query.shape
         self._v_dim = asked.view.v_dim
         # A dense query of one token is shaped as its output, and torch needs half the time for room like another's.
-        self._row_strides = (n_heads * dim, dim, dim) if n_new == 1 and dim == self._v_dim else None
-        self._lse = torch.empty(asked.query.shape[:3], dtype=torch.float32, device="cpu")
+        self._row_strides, self._lse_like = (n_heads * dim, dim, dim), None
+        if n_new == 1 and dim == self._v_dim:
+            self._lse_like = torch.empty(asked.query.shape[:3], dtype=torch.float32, device="cpu")
 
     def run(self, part: KVPart, query: Tensor) -> tuple[Tensor, Tensor]:
         """The output and its log-sum-exp."""
         query = query.resolve_neg()
-        if self._row_strides is not None and query.is_contiguous():
-            out, lse = torch.empty_like(query), torch.empty_like(self._lse)
+        if self._lse_like is not None and query.is_contiguous():
+            out, lse = torch.empty_like(query), torch.empty_like(self._lse_like)
             strides: tuple[int, ...] = self._row_strides
             out_strides = strides
         else:
