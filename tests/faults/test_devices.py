@@ -165,7 +165,7 @@ class Numpys(Window):
 
     def retention(self, layer: int, head: int) -> Retention:
         found = super().retention(layer, head)
-        return Retention(np.int64(found.window), np.int64(found.sinks))  # type: ignore[arg-type]
+        return Retention(np.int64(found.window), np.int64(found.sinks))  # type: ignore[arg-type]  # as callers do
 
     def keep(self, *given: Any) -> KeepPlan | None:
         plan = super().keep(*given)
@@ -186,7 +186,7 @@ def test_what_is_no_window_is_refused(wrong: tuple[Any, Any]) -> None:
     with pytest.raises(ConfigurationError):
         Retention(*wrong)
     with pytest.raises(ConfigurationError):
-        KeepPlan(((0, 2, 3),), 6)  # type: ignore[arg-type]
+        KeepPlan(((0, 2, 3),), 6)  # type: ignore[arg-type]  # it is to be refused
 
 
 def test_no_prompt_is_refused_and_the_cache_stays(tmp_path: Path) -> None:

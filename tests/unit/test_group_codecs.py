@@ -58,7 +58,7 @@ def test_any_finite_keys_stay_finite_and_within_a_step(name: str, numbers: list[
     found = keys_of(name).rounded(rows)
     assert torch.isfinite(found).all()
     low, high = (bound.double() for bound in rows.aminmax(dim=0))
-    step = (high - low) / (2 ** keys_of(name).bits - 1)  # type: ignore[attr-defined]
+    step = (high - low) / (2 ** keys_of(name).bits - 1)  # type: ignore[attr-defined]  # of these codecs
     largest = rows.abs().amax(0).double()
     # Half a step, and what bf16 rounds off the lowest level and the step; below 1e-38 it has fewer bits.
     bound = step / 2 + largest * 2**-7 + 3e-38
@@ -110,7 +110,7 @@ def test_any_finite_values_stay_finite_and_within_a_step(name: str, numbers: lis
     turned = rotated((row.double() / size).float()).double()
     span = float(turned.max() - turned.min())
     # Half a step, and what bf16 rounds off; other levels are chosen where they are better.
-    step = span / (2 ** values_of(name).bits - 1) / 2  # type: ignore[attr-defined]
+    step = span / (2 ** values_of(name).bits - 1) / 2  # type: ignore[attr-defined]  # of these codecs
     bound = (step + float(turned.abs().max()) * 2**-6) * size * len(row) ** 0.5 + 1e-36
     assert float((row.double() - found.double()).norm()) <= bound
 
