@@ -156,7 +156,7 @@ class Decoding {
   // Values in tiles of their own: of one head all that fit into a few.
   template <typename V>
   void add_packed(const AttentionArguments& a, int from, int to) {
-    const int m = a.group * a.n_new, span = a.pages.block_tokens, last = (a.rows.counts[sequence_] - 1) / span;
+    const int m = a.group * a.n_new;
     for (int head = 0; head < a.pages.n_heads; ++head) {
       ValueTiles<V> tiles;
       const auto add = [&] {
@@ -168,16 +168,12 @@ class Decoding {
         for (int i = 0; i < m; ++i) decay_[head * m + i] = 1.0f;  // the other rows add to this
         tiles.clear();
       };
-      for (int row = from; row < to;) {
-        const int block = row / span, n = smaller(smaller(span - row % span, to - row), kTileRows);
-        const Stretch rows{block_bytes(a.pages, sequence_, block), block_bytes(a.pages, sequence_, smaller(block + 2, last)),
-                           row % span, row - from, n};
-        if (!tiles.has_room(n)) add();
+      each_block(a, from, to, 2, [&](const Stretch& rows) {
+        if (!tiles.has_room(rows.n)) add();
         const auto values = value_rows_in<V>(a.pages, rows.bytes + values_at(a.pages, head), rows.in_page);
         // The tiles are gone over once for every few channels, so that what comes next is the next head's.
-        tiles.add(values, n, rows.at, wanted(a, rows, place_of(values), a.pages.v_page_bytes));
-        row += n;
-      }
+        tiles.add(values, rows.n, rows.at, wanted(a, rows, place_of(values), a.pages.v_page_bytes));
+      });
       add();
     }
   }
@@ -206,6 +202,19 @@ class Decoding {
     return {ahead(a, rows, place, far), is_wide_amd() ? ahead(a, rows, place, near) : nullptr};
   }
 
+  // function(stretch) for the rows [from, to), where so many blocks later is read when a stretch ends.
+  template <typename Function>
+  void each_block(const AttentionArguments& a, int from, int to, int later, const Function& function) const {
+    const int span = a.pages.block_tokens, last = (a.rows.counts[sequence_] - 1) / span;
+    for (int row = from; row < to;) {
+      const int block = row / span;
+      const Stretch rows{block_bytes(a.pages, sequence_, block), block_bytes(a.pages, sequence_, smaller(block + later, last)),
+                         row % span, row - from, smaller(span - row % span, to - row)};
+      function(rows);
+      row += rows.n;
+    }
+  }
+
   // function(stretch, head) for the rows [from, to).
   template <int kRowsOfTurn, typename Function>
   void each_page(const AttentionArguments& a, int from, int to, const Function& function) const {
@@ -214,16 +223,11 @@ class Decoding {
     Stretch stretches[kMost];
     const bool takes_turns = (is_wide_intel() || kRowsOfTurn == kTileRows) && span >= kTurn;
     int n = 0, most = 0;
-    const int last = (a.rows.counts[sequence_] - 1) / span, later = takes_turns ? (kTileRows + span - 1) / span : 1;
-    for (int row = from; row < to;) {
-      const int block = row / span;
-      const Stretch next{block_bytes(a.pages, sequence_, block), block_bytes(a.pages, sequence_, smaller(block + later, last)),
-                         row % span, row - from, smaller(span - row % span, to - row)};
-      row += next.n;
+    each_block(a, from, to, takes_turns ? (kTileRows + span - 1) / span : 1, [&](const Stretch& next) {
       most = larger(most, next.n);
       if (takes_turns) stretches[n++] = next;
       else for (int head = 0; head < a.pages.n_heads; ++head) function(next, head);
-    }
+    });
     const int turn = n == 1 ? kTileRows : kRowsOfTurn;
     for (int head = 0; head < a.pages.n_heads && n > 0; ++head) {
       for (int row = 0; row < most; row += turn) {
