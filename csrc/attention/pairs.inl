@@ -56,7 +56,7 @@ struct Rounding {
 
   explicit Rounding(const AttentionArguments& a)
       : in_pairs(kHasPairs && (a.rounds || a.query_type == NumberType::kBFloat)),
-        to_digit((a.rounds || a.query_type != NumberType::kFloat) && a.pages.k_dim <= kGroup) {}
+        to_digit((a.rounds_to_digit || a.query_type != NumberType::kFloat) && a.pages.k_dim <= kGroup) {}
 };
 
 // As in formats.inl, but for those.

@@ -50,7 +50,7 @@ struct Model {
   float norm_epsilon, embedding_scale, attention_scale;
   float attention_softcap, logit_softcap;  // 0: none
   Activation activation;
-  bool rounds_activations;  // where matrices are tiled: to bf16, there and in prompts; else 16 bits are kept
+  bool rounds_activations;  // to bf16 where matrices are tiled, there and in prompts; to one digit beside rows of 4 and 2 bits
   Matrix embedding, head;  // [vocabulary, hidden]. The head is tiled where all matrices of the layers are
   const float* norm;       // [hidden]
   const Layer* layers;
