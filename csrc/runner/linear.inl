@@ -22,19 +22,23 @@ constexpr int kPackedInputs = 12;
 // Rows of W that a few rows of x meet at once.
 constexpr int kWideRows = Vec::kRegisters >= 32 ? 6 : 3;
 
-// How far ahead weights are asked for, in bytes.
-constexpr int kWeightsAhead = 1024;
-
-// One row of W with x, its sum still spread over a register.
+// What comes behind weights, as far ahead as it is asked for: on AMD's wide processors like pages, on others near.
 template <typename W>
-inline Vec spread_product(const W* weights, const float* x, int n) {
+inline Wanted behind(const W* weights) {
+  const char* const bytes = reinterpret_cast<const char*>(weights);
+  return is_wide_amd() ? Wanted{bytes + pages_ahead(), bytes + pages_ahead() / 2} : Wanted{bytes + 1024};
+}
+
+// One row of W with x, its sum still spread over a register; as many bytes of what is wanted are asked for.
+template <typename W>
+inline Vec spread_product(const W* weights, const float* x, int n, Wanted wanted) {
   constexpr int kSums = 4;
   Vec sums[kSums];
   STRATAKV_UNROLL
   for (int i = 0; i < kSums; ++i) sums[i] = Vec::zero();
   int d = 0;
   for (; d + kSums * Vec::kWidth <= n; d += kSums * Vec::kWidth) {
-    fetch(reinterpret_cast<const char*>(weights + d) + kWeightsAhead, kSums * Vec::kWidth * std::ptrdiff_t{sizeof(W)});
+    fetch_page(wanted, d * std::ptrdiff_t{sizeof(W)}, kSums * Vec::kWidth * std::ptrdiff_t{sizeof(W)});
     STRATAKV_UNROLL
     for (int i = 0; i < kSums; ++i) {
       sums[i] = Vec::fma(Vec::load(x + d + i * Vec::kWidth), Vec::load(weights + d + i * Vec::kWidth), sums[i]);
@@ -50,10 +54,13 @@ inline void one_product(const W* weights, std::ptrdiff_t n_rows, int n_columns, 
   for (; row + 4 <= n_rows; row += 4) {
     Vec sums[4];
     STRATAKV_UNROLL
-    for (int i = 0; i < 4; ++i) sums[i] = spread_product(weights + (row + i) * n_columns, x, n_columns);
+    for (int i = 0; i < 4; ++i) {
+      const W* const from = weights + (row + i) * n_columns;
+      sums[i] = spread_product(from, x, n_columns, behind(from));
+    }
     Vec::store_sums(sums[0], sums[1], sums[2], sums[3], y + row);
   }
-  for (; row < n_rows; ++row) y[row] = spread_product(weights + row * n_columns, x, n_columns).sum();
+  for (; row < n_rows; ++row) y[row] = spread_product(weights + row * n_columns, x, n_columns, {}).sum();
 }
 
 template <typename W>
@@ -97,7 +104,7 @@ inline void linear_few(const LinearArguments& a) {
       }
       for (int m = 0; m < a.n_inputs; ++m) {
         for (int r = 0; r < some; ++r) {
-          a.y[m * n_rows + row + r] = spread_product(wide + r * n_columns, a.x + m * n_columns, a.n_columns()).sum();
+          a.y[m * n_rows + row + r] = spread_product(wide + r * n_columns, a.x + m * n_columns, a.n_columns(), {}).sum();
         }
       }
     }
