@@ -187,9 +187,10 @@ class Decoding {
   }
 
   // Rows of few bits ask for the next page. AMD's wide processors drop what they have no place for, and compute so fast that
-  // it is much: they are asked twice.
+  // it is much: they are asked twice. Short pages are done there before the next one has come: as far as others, in whole ones.
   static Wanted wanted(const AttentionArguments& a, const Stretch& rows, const void* place, std::ptrdiff_t packed_page) {
-    const std::ptrdiff_t far = packed_page > 0 ? packed_page : pages_ahead();
+    const std::ptrdiff_t n_pages = packed_page > 0 && is_wide_amd() ? (pages_ahead() + packed_page - 1) / packed_page : 1;
+    const std::ptrdiff_t far = packed_page > 0 ? n_pages * packed_page : pages_ahead();
     const std::ptrdiff_t near = packed_page > 0 ? larger<std::ptrdiff_t>(far - 1024, far / 2) : far / 2;
     return {ahead(a, rows, place, far), is_wide_amd() ? ahead(a, rows, place, near) : nullptr};
   }
