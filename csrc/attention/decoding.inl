@@ -179,19 +179,24 @@ class Decoding {
     Stretch turn(int row, int most) const { return {bytes, next, in_page + row, at + row, smaller(most, n - row)}; }
   };
 
+  static std::ptrdiff_t bytes_of_block(const Pages& pages) { return pages.n_heads * (pages.k_page_bytes + pages.v_page_bytes); }
+
   // What is wanted so many bytes after a place in a block: blocks are read from their first byte to their last.
   static const char* ahead(const AttentionArguments& a, const Stretch& rows, const void* place, std::ptrdiff_t distance) {
     const std::ptrdiff_t wanted = static_cast<const char*>(place) - rows.bytes + distance;
-    const std::ptrdiff_t behind = wanted - a.pages.n_heads * (a.pages.k_page_bytes + a.pages.v_page_bytes);
+    const std::ptrdiff_t behind = wanted - bytes_of_block(a.pages);
     return behind < 0 ? rows.bytes + wanted : rows.next + behind;
   }
 
-  // Rows of few bits ask for the next page. AMD's wide processors drop what they have no place for, and compute so fast that
-  // it is much: they are asked twice. Short pages are done there before the next one has come: as far as others, in whole ones.
+  // Rows of few bits ask for the next page; AMD's wide processors, which are done with a short one before that has come, for
+  // the first page at least as far ahead as others ask, within a block. Those drop what they have no place for, and compute so
+  // fast that it is much: they are asked twice.
   static Wanted wanted(const AttentionArguments& a, const Stretch& rows, const void* place, std::ptrdiff_t packed_page) {
-    const std::ptrdiff_t n_pages = packed_page > 0 && is_wide_amd() ? (pages_ahead() + packed_page - 1) / packed_page : 1;
-    const std::ptrdiff_t far = packed_page > 0 ? n_pages * packed_page : pages_ahead();
-    const std::ptrdiff_t near = packed_page > 0 ? larger<std::ptrdiff_t>(far - 1024, far / 2) : far / 2;
+    std::ptrdiff_t far = pages_ahead(), near = far / 2;
+    if (packed_page > 0) {
+      far = is_wide_amd() ? smaller((far + packed_page - 1) / packed_page * packed_page, bytes_of_block(a.pages)) : packed_page;
+      near = larger<std::ptrdiff_t>(far - 1024, far / 2);
+    }
     return {ahead(a, rows, place, far), is_wide_amd() ? ahead(a, rows, place, near) : nullptr};
   }
 

@@ -128,7 +128,7 @@ struct PackedValues : PackedRows<F> {
   static std::ptrdiff_t tile_bytes(int dim) { return std::ptrdiff_t{words(dim)} * kLanes; }
 };
 
-// A line of what is wanted. Those of fewer than 8 bits take longer to compute with than to come: asking once is enough.
+// A line of what is wanted. Rows of fewer than 8 bits gain nothing by being asked for twice.
 template <typename F>
 inline void fetch_line(Wanted wanted, std::ptrdiff_t at) {
   if (wanted.far != nullptr) __builtin_prefetch(wanted.far + at, 0, 2);

@@ -98,7 +98,7 @@ inline void fetch_page(const void* bytes, std::ptrdiff_t n) {
   for (const char* end = line + n; line < end; line += 64) __builtin_prefetch(line, 0, 2);
 }
 
-// What comes next in pages, or null: far ahead and, where asking once is not enough, once more on the way.
+// What comes next in pages or in rows of weights, or null: far ahead and, where asking once is not enough, once more on the way.
 struct Wanted {
   const char *far = nullptr, *near = nullptr;
 

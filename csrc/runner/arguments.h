@@ -50,8 +50,10 @@ struct Model {
   float norm_epsilon, embedding_scale, attention_scale;
   float attention_softcap, logit_softcap;  // 0: none
   Activation activation;
-  bool rounds_activations;  // to bf16 where matrices are tiled, there and in prompts; to one digit beside rows of 4 and 2 bits
-  Matrix embedding, head;  // [vocabulary, hidden]. The head is tiled where all matrices of the layers are
+  // To bf16 where matrices are tiled, there and in prompts, and, where matrices have 16 bits, to one digit beside rows of 4 and
+  // 2 bits; else 16 and 14 bits are kept.
+  bool rounds_activations;
+  Matrix embedding, head;  // [vocabulary, hidden]. The head has the type of all matrices of the layers, and is tiled where they are
   const float* norm;       // [hidden]
   const Layer* layers;
   std::int32_t n_layers;

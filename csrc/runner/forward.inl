@@ -174,6 +174,7 @@ class Forwarding {
     a.n_new = n_new;
     a.n_threads = step_.n_threads;
     a.rounds = model_.rounds_activations && model_.head.is_tiled;
+    // Who has weights in fp32 wants more than 16 bits can tell.
     a.rounds_to_digit = model_.rounds_activations && model_.head.type != NumberType::kFloat;
     a.prompt_queries = step_.prompt_queries;
     a.scratch = step_.scratch;

@@ -22,14 +22,17 @@ constexpr int kPackedInputs = 12;
 // Rows of W that a few rows of x meet at once.
 constexpr int kWideRows = Vec::kRegisters >= 32 ? 6 : 3;
 
-// What comes behind weights, as far ahead as it is asked for: on AMD's wide processors like pages, on others near.
+// How far ahead weights are asked for, in bytes, where it is not as far as pages are.
+constexpr int kWeightsAhead = 1024;
+
+// What is asked for while a row of weights is read.
 template <typename W>
-inline Wanted behind(const W* weights) {
+inline Wanted after_weights(const W* weights) {
   const char* const bytes = reinterpret_cast<const char*>(weights);
-  return is_wide_amd() ? Wanted{bytes + pages_ahead(), bytes + pages_ahead() / 2} : Wanted{bytes + 1024};
+  return is_wide_amd() ? Wanted{bytes + pages_ahead(), bytes + pages_ahead() / 2} : Wanted{bytes + kWeightsAhead};
 }
 
-// One row of W with x, its sum still spread over a register; as many bytes of what is wanted are asked for.
+// One row of W with x, its sum still spread over a register. Of what is wanted as many bytes are asked for as the row has.
 template <typename W>
 inline Vec spread_product(const W* weights, const float* x, int n, Wanted wanted) {
   constexpr int kSums = 4;
@@ -56,7 +59,7 @@ inline void one_product(const W* weights, std::ptrdiff_t n_rows, int n_columns, 
     STRATAKV_UNROLL
     for (int i = 0; i < 4; ++i) {
       const W* const from = weights + (row + i) * n_columns;
-      sums[i] = spread_product(from, x, n_columns, behind(from));
+      sums[i] = spread_product(from, x, n_columns, after_weights(from));
     }
     Vec::store_sums(sums[0], sums[1], sums[2], sums[3], y + row);
   }

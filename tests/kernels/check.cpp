@@ -360,7 +360,6 @@ bool check_weights(const Kernels& kernels) {
   if (!is_plain(call.v_type) || call.skips[0] > 0 || call.is_even) return true;
   call.a.rules = {0.6f / std::sqrt(static_cast<float>(call.k_dim)), 0, 0, 0, 0, nullptr, nullptr};
   call.a.rounds = any(0, 1);
-  call.a.rounds_to_digit = any(0, 1);
   call.run(kernels);
   for (std::size_t i = 0; i < call.out.size() / bytes_of(call.type); ++i) {
     const float found = taken(call.out.data() + i * bytes_of(call.type), call.type);
