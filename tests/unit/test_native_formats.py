@@ -158,9 +158,7 @@ def steps(isa: str, dtype: torch.dtype, format: str, *, exact: bool) -> Tensor:
 @every_isa
 @pytest.mark.parametrize("name", ["int4", "int2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_matrices_in_16_bits_let_queries_be_rounded_beside_rows_of_few(
-    isa: str, name: str, dtype: torch.dtype
-) -> None:
+def test_matrices_in_16_bits_let_queries_be_rounded_beside_rows_of_few(isa: str, name: str, dtype: torch.dtype) -> None:
     exactly = steps(isa, dtype, name, exact=True)
     difference = (steps(isa, dtype, name, exact=False) - exactly).norm()
     # Of what the format itself has done. With matrices in tiles, activations are rounded to bf16, too.

@@ -38,8 +38,8 @@ class NativeRunner:
         dtype: of the matrices: torch.bfloat16, torch.float16 or torch.float32. All sums are in fp32.
         exact: keep 16 bits of activations that meet bf16 matrices, where the processor would multiply their rounding to
             bf16 (AMX and AVX-512 with bf16 do): a prompt takes 1.5 to 1.8 times as long. Others multiply in fp32 in
-            either case. On every processor, queries and weights of rows then keep 14 bits beside rows of 4 and 2 bits in
-            a step, rather than 8; beside fp32 matrices, and in heads of more than 128 channels, they do so anyway.
+            either case. On every processor, queries and weights of rows then keep 14 bits beside rows of 4 and 2 bits
+            in a step, rather than 8; beside fp32 matrices, and in heads of more than 128 channels, they do so anyway.
         isa: as for `CpuBackend`.
 
     Raises:
