@@ -75,7 +75,7 @@ struct AttentionArguments {
   std::int32_t n_new;
   std::int32_t n_threads;
   bool rounds;                          // queries, weights of rows and rows to bf16, where that is what the processor multiplies
-  bool rounds_to_digit;                 // queries, and weights of rows, to one digit where rows have 4 or 2 bits; queries in 16 bits are so anyway
+  bool rounds_to_digit;                 // queries, and weights of rows, to one digit where rows have 4 or 2 bits and heads at most 128 channels; in calls with queries in 16 bits they are so anyway
   std::int64_t prompt_queries;          // from so many for each KV head on the kernel for prompts is taken
   float* scratch;                       // as many floats as the kernel asks for
   const AttentionArguments* before;     // the same call over other rows, which are attended to as well; or null

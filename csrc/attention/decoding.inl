@@ -188,9 +188,9 @@ class Decoding {
     return behind < 0 ? rows.bytes + wanted : rows.next + behind;
   }
 
-  // Rows of few bits ask for the next page; AMD's wide processors, which are done with a short one before that has come, for
-  // the first page at least as far ahead as others ask, within a block. Those drop what they have no place for, and compute so
-  // fast that it is much: they are asked twice.
+  // Rows of few bits ask for the next page; on AMD's wide processors, which are done with a short one before that has come, for
+  // one as far ahead as other rows at least, but at most a block. Those processors drop what they have no place for, and compute
+  // so fast that it is much: they are asked twice, but for rows of fewer than 8 bits (fetch_line).
   static Wanted wanted(const AttentionArguments& a, const Stretch& rows, const void* place, std::ptrdiff_t packed_page) {
     std::ptrdiff_t far = pages_ahead(), near = far / 2;
     if (packed_page > 0) {

@@ -50,8 +50,8 @@ struct Model {
   float norm_epsilon, embedding_scale, attention_scale;
   float attention_softcap, logit_softcap;  // 0: none
   Activation activation;
-  // To bf16 where matrices are tiled, there and in prompts, and, where matrices have 16 bits, to one digit beside rows of 4 and
-  // 2 bits; else 16 and 14 bits are kept.
+  // To bf16 where matrices are tiled: there, in prompts and as AttentionArguments::rounds says; and where matrices have 16 bits as
+  // rounds_to_digit says. Else more bits are kept.
   bool rounds_activations;
   Matrix embedding, head;  // [vocabulary, hidden]. The head has the type of all matrices of the layers, and is tiled where they are
   const float* norm;       // [hidden]

@@ -30,7 +30,7 @@ class Binding:
         architecture, weights, rotations: of the model.
         memory: of the caches that it is going to read and write.
         exact: whether activations keep more than bf16 where the processor multiplies bf16, and queries and weights of
-            rows 14 bits rather than 8 beside rows of 4 and 2.
+            rows 14 bits rather than 8 beside rows of 4 and 2 (as beside fp32 matrices and in wide heads in any case).
 
     Raises:
         ConfigurationError: the memory is not one for this model, or not one that the kernels read.
