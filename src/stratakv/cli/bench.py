@@ -9,6 +9,7 @@ import typer
 
 from stratakv.cli import options
 from stratakv.cli.failures import FAILED
+from stratakv.cli.tables import print_tables
 from stratakv.errors import ConfigurationError
 
 DEFAULT_LENGTHS = "128,256,512,1024,2048,4096"
@@ -53,11 +54,7 @@ def scaling(
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
-        from rich.console import Console
-
-        console = Console()
-        for part in scaling_tables(report):
-            console.print(part)
+        print_tables(*scaling_tables(report))
     if "missed" in report.targets.values():
         raise typer.Exit(FAILED)
 
@@ -100,9 +97,7 @@ def attention(
         options.write_report(report, found.to_dict())
         if str(report) == "-":
             return
-    from rich.console import Console
-
-    Console().print(attention_table(found))
+    print_tables(attention_table(found))
 
 
 def parse_lengths(text: str, at_least: int = MIN_LENGTHS, option: str = "--lengths") -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from stratakv.cli import options
+from stratakv.cli.tables import print_tables
 
 DEFAULT_FORMATS = "bf16,int8,int4,int2"
 
@@ -55,9 +56,7 @@ def fidelity(
         options.write_report(report, found.to_dict())
         if str(report) == "-":
             return
-    from rich.console import Console
-
-    Console().print(fidelity_table(found))
+    print_tables(fidelity_table(found))
 
 
 def _choices(option: str, value: str, accepted: Iterable[str]) -> list[str]:

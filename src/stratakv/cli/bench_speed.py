@@ -9,6 +9,7 @@ import typer
 
 from stratakv.cli import options
 from stratakv.cli.bench import parse_lengths
+from stratakv.cli.tables import print_tables
 
 SUBJECTS = ("native", "attached", "dynamic")  # named here, so that an error does not wait for torch
 ALL = ",".join(SUBJECTS)
@@ -109,6 +110,4 @@ def _run(
         options.write_report(target, found.to_dict())
         if str(target) == "-":
             return
-    from rich.console import Console
-
-    Console().print(speed_table(found))
+    print_tables(speed_table(found))

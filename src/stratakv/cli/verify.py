@@ -10,6 +10,7 @@ import typer
 
 from stratakv.cli import options
 from stratakv.cli.failures import FAILED
+from stratakv.cli.tables import print_tables
 from stratakv.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _verify_model(
     if as_json:
         typer.echo(json.dumps(report.to_dict(), allow_nan=False))
     else:
-        _print(_cuts(report, loaded.name))
+        print_tables(_cuts(report, loaded.name))
         typer.echo("passed" if report.passed else "failed")
     return report.passed
 
@@ -117,7 +118,7 @@ def _verify_architectures(chosen: str, write_docs: Path | None, *, as_json: bool
     if as_json:
         typer.echo(json.dumps(report.to_dict(), allow_nan=False))
     else:
-        _print(_rows(report), _counts(report))
+        print_tables(_rows(report), _counts(report))
         typer.echo(headline(report.rows))
     return report.passed
 
@@ -170,11 +171,3 @@ def _counts(report: ArchitectureReport) -> Table:
                 table.add_column(status, justify="right")
         table.add_row(column.replace("_", " "), *map(str, counted.values()))
     return table
-
-
-def _print(*tables: Table) -> None:
-    from rich.console import Console
-
-    console = Console(markup=False)
-    for table in tables:
-        console.print(table)

@@ -1,0 +1,32 @@
+"""Tables of the command line, where there is no terminal to say how wide they may be."""
+
+import pytest
+from rich.table import Table
+
+from stratakv.cli.tables import WIDEST, print_tables
+
+
+def a_table(n_columns: int, cell: str) -> Table:
+    """One row, of as many different cells."""
+    table = Table(title="a title that [says] what it is")
+    for i in range(n_columns):
+        table.add_column(f"heading {i}", justify="right")
+    table.add_row(*(f"{cell}{i}" for i in range(n_columns)))
+    return table
+
+
+def test_a_pipe_gets_every_number_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    """80 columns would have room for a letter of each."""
+    print_tables("a line before", a_table(11, "1,234,567.8"))
+    shown = capsys.readouterr().out
+    assert "a line before" in shown and "[says]" in shown and "…" not in shown
+    for i in range(11):
+        assert f"1,234,567.8{i} " in shown and f"heading {i} " in shown
+
+
+def test_long_text_is_folded(capsys: pytest.CaptureFixture[str]) -> None:
+    """A reason of a thousand words is not one line."""
+    print_tables(a_table(2, "word " * 1000))
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) == WIDEST
+    assert shown.count("word") == 2000
