@@ -293,10 +293,15 @@ class TiledPrefilling {
       const Vec cap = Vec::all(a_.rules.softcap), part = Vec::all(1.0f / a_.rules.softcap);
       for (int r = span.from; r < span.to; ++r) (cap * hyperbolic_tangent(Vec::load(scores + r * kTile) * part)).store(scores + r * kTile);
     }
+    const int window = a_.rules.window, sinks = a_.rules.sinks;
+    const int first = sight.position_of(query(panel * kTile)), last = sight.position_of(query(panel * kTile + kTile - 1));
+    // Positions rise: who sees the first row and the last sees all.
+    const bool all_past = !a_.rules.is_causal || sight.position_of(row + span.to - 1) <= first;
+    const bool all_near = window == 0 || sight.position_of(row + span.from) > last - window;
+    if (all_past && all_near) return;
     alignas(64) std::int32_t positions[kTile];
     for (int i = 0; i < kTile; ++i) positions[i] = sight.position_of(query(panel * kTile + i));
     const __m512i at = _mm512_load_si512(positions);
-    const int first = positions[0], last = positions[kTile - 1], window = a_.rules.window, sinks = a_.rules.sinks;
     for (int r = span.from; r < span.to; ++r) {
       const int position = sight.position_of(row + r);
       const bool is_past = !a_.rules.is_causal || position <= first;
