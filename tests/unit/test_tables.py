@@ -6,6 +6,12 @@ from rich.table import Table
 from stratakv.cli.tables import WIDEST, print_tables
 
 
+@pytest.fixture(autouse=True)
+def without_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE"):  # the last two ask for codes of colours
+        monkeypatch.delenv(name, raising=False)
+
+
 def a_table(n_columns: int, cell: str) -> Table:
     """One row, of as many different cells."""
     table = Table(title="a title that [says] what it is")
@@ -22,6 +28,14 @@ def test_a_pipe_gets_every_number_whole(capsys: pytest.CaptureFixture[str]) -> N
     assert "a line before" in shown and "[says]" in shown and "…" not in shown
     for i in range(11):
         assert f"1,234,567.8{i} " in shown and f"heading {i} " in shown
+
+
+def test_columns_that_were_asked_for_are_kept_to(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    print_tables(a_table(11, "1,234,567.8"))
+    assert max(map(len, capsys.readouterr().out.splitlines())) == 100
 
 
 def test_long_text_is_folded(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-WIDEST = 200
-"""Columns of a table in a file or a pipe, at most."""
+NARROWEST, WIDEST = 80, 200
+"""Columns of what goes into a file or a pipe."""
 
 
 def print_tables(*parts: RenderableType) -> None:
-    """As wide as the terminal; in a file or a pipe, which has no width, as wide as they want to be.
+    """As wide as the terminal, or as COLUMNS says; in a file or a pipe as wide as the tables, within bounds.
 
-    There rich would take 80 columns, and cut numbers off.
+    Left alone, rich takes 80 columns there, and cuts numbers off.
     """
     from rich.console import Console
     from rich.measure import Measurement
 
     console = Console(markup=False)
-    if not console.is_terminal:
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
         limits = console.options.update(max_width=WIDEST)
-        wanted = max(Measurement.get(console, limits, part).maximum for part in parts)
-        console = Console(markup=False, width=max(wanted, console.width))
+        console.width = max(NARROWEST, *(Measurement.get(console, limits, part).maximum for part in parts))
     for part in parts:
         console.print(part)
