@@ -169,7 +169,7 @@ class Numpys(Window):
 
     def keep(self, *given: Any) -> KeepPlan | None:
         plan = super().keep(*given)
-        return plan and KeepPlan(tuple((np.int64(a), np.int64(n)) for a, n in plan.runs), np.int64(plan.floor))  # type: ignore[misc, arg-type]
+        return plan and KeepPlan(tuple((np.int64(a), np.int64(n)) for a, n in plan.runs), np.int64(plan.floor))  # type: ignore[misc, arg-type]  # as callers do
 
 
 def test_a_policy_may_count_in_numpys_numbers(tmp_path: Path) -> None:
