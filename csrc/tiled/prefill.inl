@@ -295,7 +295,8 @@ class TiledPrefilling {
     }
     const int window = a_.rules.window, sinks = a_.rules.sinks;
     const int first = sight.position_of(query(panel * kTile)), last = sight.position_of(query(panel * kTile + kTile - 1));
-    // Positions rise, so the last row answers one question for all rows, the first the other. Sinks would not do: behind them is a gap.
+    // Positions rise: where all queries have passed the last row, they have passed all rows, and where the first row is in all
+    // windows, all rows are. That a first row is a sink says nothing about those behind it.
     const bool all_past = !a_.rules.is_causal || sight.position_of(row + span.to - 1) <= first;
     const bool all_near = window == 0 || sight.position_of(row + span.from) > last - window;
     if (all_past && all_near) return;

@@ -21,8 +21,17 @@ def a_table(n_columns: int, cell: str) -> Table:
     return table
 
 
-def test_a_pipe_gets_every_number_whole(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("columns", [None, "", "0", "-1", "wide"])
+@pytest.mark.parametrize("colours", [False, True])
+def test_a_pipe_gets_every_number_whole(
+    columns: str | None, colours: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """80 columns would have room for a letter of each."""
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    if colours:  # as services that build and test ask for them
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "dumb")
     print_tables("a line before", a_table(11, "1,234,567.8"))
     shown = capsys.readouterr().out
     assert "a line before" in shown and "[says]" in shown and "…" not in shown
@@ -36,6 +45,11 @@ def test_columns_that_were_asked_for_are_kept_to(
     monkeypatch.setenv("COLUMNS", "100")
     print_tables(a_table(11, "1,234,567.8"))
     assert max(map(len, capsys.readouterr().out.splitlines())) == 100
+
+
+def test_a_line_is_as_long_as_it_wants_beside_a_narrow_table(capsys: pytest.CaptureFixture[str]) -> None:
+    print_tables(a_table(1, "1"), "word " * 30)
+    assert "word " * 29 in capsys.readouterr().out
 
 
 def test_long_text_is_folded(capsys: pytest.CaptureFixture[str]) -> None:
