@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 
 from stratakv.errors import StateError, StrataKVError
+from stratakv.extension import is_built
 from stratakv.integrations.transformers.attention import attention_forward
 from stratakv.testing.running import assert_logits_equal, fed_logits, random_ids, uncached_logits
 from stratakv.testing.stopping import stopped_forward
-from stratakv.testing.tiny import tiny_bart, tiny_gemma3, tiny_llama, tiny_mistral, tiny_t5
+from stratakv.testing.tiny import tiny_bart, tiny_gemma2, tiny_gemma3, tiny_llama, tiny_mistral, tiny_t5
 from stratakv.testing.ways import LAYOUTS, WAYS, model_for, small_cache
 
 every_way = pytest.mark.parametrize("way", WAYS)
+needs_extension = pytest.mark.skipif(not is_built(), reason="installed without the extension, or for want of g++")
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -151,6 +154,29 @@ def test_a_detached_model_never_takes_a_ticket_for_numbers() -> None:
     assert not cache.is_attached
     pieces.append(fed_logits(model, cache, ids[:, 8:]))
     assert_logits_equal(torch.cat(pieces, 1), expected)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma2])  # of the latter sdpa would leave the softcap out
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_extension)])
+def test_whoever_detaches_gives_back_what_was_there_before_the_first_attachment(make: Any, native: bool) -> None:
+    from stratakv.integrations.transformers import attach
+
+    model, ids = make(), random_ids(1, 9, seed=77)
+    model.set_attn_implementation("eager")
+    expected = uncached_logits(model, ids)
+    attach(model, native=native)
+    twin = deepcopy(model)
+    for attached in (model, twin):
+        attach(attached, native=native)
+        again = attach(attached, native=native)
+        assert again.is_native == native
+        again.detach()
+        assert attached.config._attn_implementation == "eager"
+        assert torch.equal(uncached_logits(attached, ids), expected)
+        assert vars(attached).keys() == vars(make()).keys()
+    model.set_attn_implementation("sdpa" if make is tiny_llama else "eager")
+    attach(model).detach()
+    assert model.config._attn_implementation == ("sdpa" if make is tiny_llama else "eager")
 
 
 # Encoder-decoders

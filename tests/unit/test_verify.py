@@ -35,6 +35,7 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
         lambda given: verify(given, IDS),
         lambda given: fidelity(given, IDS, prefilled=4),
         KVCache.for_model,
+        lambda given: KVCache.load("a.kv", given),
         attach,
     ],
 )
@@ -44,6 +45,8 @@ def test_what_attach_returns_is_no_model(ask: Callable[[Any], Any]) -> None:
         ask(attachment)
     with pytest.raises(ConfigurationError, match="model is needed, got str"):
         ask("HuggingFaceTB/SmolLM2-135M")
+    with pytest.raises(ConfigurationError, match="model is needed, got Linear"):
+        ask(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("layout", ["paged", "contiguous", "growing"])

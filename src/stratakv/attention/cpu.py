@@ -25,7 +25,7 @@ head dims 64 and 128, fp32 and bf16 pages, 512 to 4096 rows. It gives a thread n
 
 
 class CpuBackend(AttentionBackend):
-    """Attention over float pages in RAM, with a kernel for few queries and one for many.
+    """Attention over pages in RAM, with a kernel for few queries and one for many.
 
     Args:
         isa: one of `instruction_sets()`; None: what the environment variable STRATAKV_ISA names, or the best.

@@ -13,7 +13,7 @@ from stratakv.tensors import INTEGERS
 
 def check_model(given: Any) -> None:
     """Refuse with ConfigurationError what is no model."""
-    if not isinstance(given, torch.nn.Module):
+    if not isinstance(given, torch.nn.Module) or not hasattr(given, "config"):
         hint = (
             "; the model is its attribute `model`" if isinstance(getattr(given, "model", None), torch.nn.Module) else ""
         )

@@ -26,6 +26,8 @@ PROBE_TOKENS = 12
 PROBE_CHUNKS = (7, 1, 1, 3)
 PROBE_CHUNKS_OF_STATES = (9, 1, 1, 1)
 """Many models with recurrent states take several tokens in the first forward only, whatever cache they use."""
+_OWN = "_attention_before_stratakv"
+"""Where an attached model remembers what `detach` gives back, for whoever attaches it again."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Attachment:
     def detach(self) -> None:
         """Give the model its own attention back, and its own forward."""
         _restore(self.replaced)
+        for module in _parts(self.model):
+            vars(module).pop(_OWN, None)
         if self.is_native:
             del self.model.forward
 
@@ -138,6 +142,8 @@ def _attach(model: PreTrainedModel, probe_inputs: Mapping[str, Tensor] | None) -
             + (", or its dropout is at work: call model.eval()" if model.training else "")
         )
     else:
+        for module in _parts(model):
+            vars(module)[_OWN] = before
         return Attachment(model, before, max_abs, scale)
     _restore(before)
     raise UnsupportedError(f"{name} cannot be attached: {reason}")
@@ -187,15 +193,23 @@ def _logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any
     return logits.float()
 
 
+def _parts(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The model, and what it has inside that could be attached by itself."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
 def _implementations(model: PreTrainedModel) -> dict[int, tuple[Any, str]]:
-    """Every config in the model, with the attention that it names; sdpa, where it names ours."""
+    """Every config in the model, with the attention that it names; the one before, or sdpa, where it names ours."""
     found = {}
-    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    parts = _parts(model)
+    # A copy of a model has what its original remembers, about configs of its own.
+    before = {id(config): name for part in parts for config, name in vars(part).get(_OWN, {}).values()}
+    configs = [part.config for part in parts]
     while configs:
         config = configs.pop()
         if id(config) not in found:
             own = config._attn_implementation_internal
-            found[id(config)] = (config, "sdpa" if own == ATTENTION_NAME else own)
+            found[id(config)] = (config, before.get(id(config), "sdpa") if own == ATTENTION_NAME else own)
             configs.extend(sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None)
     return found
 

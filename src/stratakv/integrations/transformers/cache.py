@@ -82,7 +82,7 @@ class KVCache(CacheState):
             capacity: tokens of a sequence that layers without a window can hold, for `contiguous`.
             residual: how many of the last tokens are also held in 16 bits, and read from there; with them the first
                 few, where a format asks for those. Only for formats of 8 bits or fewer. None: as the format asks (64
-                for `int4` and `int2`, none for the others).
+                for `int4` and `int2`, 16 for `int8` and `fp8`).
             policy: which tokens stay. Needs `stratakv.attach(model)` first, since no mask of the model expresses it.
             memory: most bytes to hold, as a number or like `"2GiB"`. None: no limit.
             poison: overwrite freed blocks with NaN, to make stale reads visible. For tests.
@@ -253,6 +253,7 @@ class KVCache(CacheState):
             FileNotFoundError: no such file.
             FormatError: not such a file, or a damaged one.
             FingerprintError: written for another model, dtype or layout; the message says in what they differ.
+            ConfigurationError: `model` is none.
         """
         from stratakv.integrations.transformers.files import load_cache
 

@@ -24,7 +24,7 @@ from stratakv.errors import (
     UnsupportedError,
 )
 from stratakv.integrations.transformers import recurrent
-from stratakv.integrations.transformers.arguments import whole_numbers
+from stratakv.integrations.transformers.arguments import check_model, whole_numbers
 from stratakv.integrations.transformers.cache import KVCache
 from stratakv.integrations.transformers.compat import PreTrainedModel
 from stratakv.integrations.transformers.fingerprint import model_identity
@@ -89,8 +89,9 @@ def load_cache(path: Path, model: PreTrainedModel) -> KVCache:
     """A new cache with what `save_cache` wrote. Nothing that lives is touched.
 
     Raises:
-        FileNotFoundError, FormatError, FingerprintError.
+        FileNotFoundError, FormatError, FingerprintError, ConfigurationError.
     """
+    check_model(model)
     snapshot = read_snapshot(path)
     _check_identity(snapshot, model)
     try:
