@@ -334,6 +334,15 @@ def test_next_tokens_are_the_likeliest() -> None:
         runner.next_tokens("batch", tokens)  # type: ignore[arg-type]  # on purpose
 
 
+def test_a_batch_is_asked_for_in_terms_that_there_are() -> None:
+    model = tiny_llama()
+    for new in (NativeRunner(model).new_batch, partial(KVCache.for_model, model)):
+        with pytest.raises(ConfigurationError, match="unknown format ''"):
+            new(format="")
+        with pytest.raises(ConfigurationError, match="RetentionPolicy"):
+            new(policy=5)  # type: ignore[arg-type]  # on purpose
+
+
 def test_long_prompts_go_in_several_passes() -> None:
     model = tiny_mistral(window=100)
     runner = NativeRunner(model, dtype=torch.float32)

@@ -51,8 +51,10 @@ def build_spec(
         comes_once: all rows of a sequence come in one step, so that none are recent.
 
     Raises:
-        ConfigurationError: an unknown layout or format, or a size out of range.
+        ConfigurationError: an unknown layout or format, what is no policy, or a size out of range.
     """
+    if policy is not None and not isinstance(policy, RetentionPolicy):
+        raise ConfigurationError(f"policy must be a RetentionPolicy such as Window(512), got {policy!r}")
     if layout not in LAYOUTS:
         raise ConfigurationError(f"unknown layout {layout!r}; accepted are {', '.join(LAYOUTS)}")
     block_tokens = whole("block_tokens", block_tokens)

@@ -15,7 +15,7 @@ from stratakv.blocks.geometry import build_spec
 from stratakv.blocks.memory import Memory
 from stratakv.codecs import codec_names
 from stratakv.codecs.floats import FORMAT_OF_DTYPE
-from stratakv.errors import ConfigurationError, UnsupportedError
+from stratakv.errors import UnsupportedError
 from stratakv.integrations.transformers.compat import PreTrainedModel, query_length
 from stratakv.integrations.transformers.geometry import layer_specs, servable_layers
 from stratakv.integrations.transformers.gradients import without_gradients
@@ -94,17 +94,15 @@ class KVCache(CacheState):
             ConfigurationError: an argument is out of range.
             UnsupportedError: the model, or the combination, cannot be served; the message says why.
         """
-        if policy is not None and not isinstance(policy, RetentionPolicy):
-            raise ConfigurationError(f"policy must be a RetentionPolicy such as Window(512), got {policy!r}")
         layers = servable_layers(model)
         own = FORMAT_OF_DTYPE.get(model.dtype)
         if format is None and own is None and (k_format is None or v_format is None):
             raise UnsupportedError(f"no format stores {model.dtype} exactly; choose one of {', '.join(codec_names())}")
-        chosen = format or own
+        chosen = own if format is None else format
         exact = format is None and k_format is None and v_format is None
         options: dict[str, Any] = {
-            "k_format": k_format or chosen,
-            "v_format": v_format or chosen,
+            "k_format": chosen if k_format is None else k_format,
+            "v_format": chosen if v_format is None else v_format,
             "block_tokens": block_tokens,
             "recent_format": "fp16" if model.dtype == torch.float16 else "bf16",
         }

@@ -86,7 +86,7 @@ class NativeRunner:
         Raises:
             ConfigurationError: an unknown format, a block of no tokens, or a residual that the format cannot have.
         """
-        format = format or FORMAT_OF_DTYPE[self.weights.dtype]
+        format = FORMAT_OF_DTYPE[self.weights.dtype] if format is None else format
         spec = build_spec(
             self.architecture.layer_specs(),
             k_format=format,
