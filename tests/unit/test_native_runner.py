@@ -24,6 +24,7 @@ from stratakv.integrations.transformers import KVCache
 from stratakv.integrations.transformers.compat import cache_keyword
 from stratakv.models.native import NativeRunner
 from stratakv.policies import Window
+from stratakv.testing.running import visibility_mask, window_visibility
 from stratakv.testing.tiny import (
     VOCABULARY,
     tiny_gemma2,
@@ -245,20 +246,13 @@ def test_forks_truncations_and_a_second_cache() -> None:
     batch.memory.check()
 
 
-def mask_of_a_window(n_tokens: int, window: int, sinks: int) -> Tensor:
-    """What a query does not see, as transformers takes it."""
-    position = torch.arange(n_tokens)
-    near = (position[None, :] > position[:, None] - window) | (position[None, :] < sinks)
-    see = (position[None, :] <= position[:, None]) & near
-    return torch.zeros(1, 1, n_tokens, n_tokens).masked_fill(~see, torch.finfo(torch.float32).min)
-
-
 def test_a_window_imposed_on_full_attention_and_its_sinks() -> None:
     model = tiny_llama(num_hidden_layers=1)
     runner = NativeRunner(model, dtype=torch.float32)
     tokens = some_tokens(1, 60)
     batch = runner.new_batch(format="fp32", block_tokens=4, policy=Window(12, sinks=3))
-    assert_same(fed(runner, batch, tokens, [25, 1]), logits_of(model, tokens, mask_of_a_window(60, 12, 3)))
+    expected = logits_of(model, tokens, visibility_mask(window_visibility(60, 12, sinks=3)))
+    assert_same(fed(runner, batch, tokens, [25, 1]), expected)
 
 
 @every_isa
@@ -271,7 +265,7 @@ def test_a_window_hides_the_same_from_long_prompts(isa: str, exact: bool, window
     batch = runner.new_batch(format="bf16", block_tokens=4, policy=Window(window, sinks=sinks))
     with threads(2):  # units of other sizes than with one
         found = fed(runner, batch, tokens, [100])
-    expected = logits_of(model, tokens, mask_of_a_window(600, window, sinks))
+    expected = logits_of(model, tokens, visibility_mask(window_visibility(600, window, sinks)))
     assert ((found - expected).norm(dim=-1) < 0.05 * expected.norm(dim=-1)).all()
 
 
